@@ -1,0 +1,262 @@
+"""The driver contract, in prose and types.
+
+A *driver* is one opened format, protocol or filter instance. It knows its children as :class:`BlockDevice` objects that
+the graph hands in (each behind the checking wrapper of :mod:`qmpd.block.contract`), so nothing in ``block`` knows the
+graph.
+
+Thread domain: every I/O method may be called from any worker thread, several at a time; a driver serialises inside. The
+``attach``, ``permissions_*`` and ``reopen_*`` methods are called on the control thread only, and must not block on I/O
+for long (open(2), fcntl(2) and the like are fine; copying data or fsync is not).
+
+Errors: drivers raise :class:`qmpd.errors.QmpdError` and nothing else. An OSError is converted at the edge where it
+happens (:func:`qmpd.errors.from_oserror`), with errno kept.
+
+Units: every offset and length is in bytes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import IntFlag
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from qmpd.errors import Kind, QmpdError
+
+if TYPE_CHECKING:
+    from qmpd.block.extents import Runs
+    from qmpd.block.storage.file import FileStorage
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Perm(IntFlag):
+    """What a parent does with a node (spec/block-graph.md section 2)."""
+
+    NONE = 0
+    CONSISTENT_READ = 1
+    WRITE = 2
+    WRITE_UNCHANGED = 4
+    RESIZE = 8
+    ALL = 15
+
+    def names(self) -> list[str]:
+        """QMP names in bit order, e.g. ``["consistent-read", "write"]``."""
+        return [name for bit, name in _PERM_QMP if self & bit]
+
+    def text(self) -> str:
+        """As QEMU's messages print it, e.g. ``consistent read, write``."""
+        return ", ".join(name.replace("-", " ") for name in self.names())
+
+
+_PERM_QMP = (
+    (Perm.CONSISTENT_READ, "consistent-read"),
+    (Perm.WRITE, "write"),
+    (Perm.WRITE_UNCHANGED, "write-unchanged"),
+    (Perm.RESIZE, "resize"),
+)
+
+
+class Role(IntFlag):
+    """What a child is to its parent (spec/block-graph.md section 1)."""
+
+    NONE = 0
+    DATA = 1
+    METADATA = 2
+    FILTERED = 4
+    COW = 8
+    PRIMARY = 16
+
+
+@runtime_checkable
+class BlockDevice(Protocol):
+    """Bytes at offsets: what a driver sees of its children, and what jobs and exports see of a node."""
+
+    @property
+    def length(self) -> int:
+        """Current length in bytes."""
+
+    @property
+    def placement_unit(self) -> int | None:
+        """Alignment that :meth:`place` wants for offset and length (bytes), or None where place is not available."""
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the guest's view (backing data included). Never short."""
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Store ``data``; visible to readers at return, durable after :meth:`flush`."""
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        """Make the range read as zeros, by metadata where possible; ``unmap`` allows giving up the space."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """The content of the range is not needed any more; it never uncovers backing data."""
+
+    def flush(self) -> None:
+        """Everything acknowledged before is durable at return, metadata in the order of spec/qcow2.md section 5."""
+
+    def map(self, offset: int, length: int) -> Runs:
+        """Where the bytes of THIS layer are (backing not consulted).
+
+        The runs are sorted, disjoint and cover ``[offset, offset + n)`` without gaps for some ``0 < n <= length``; a driver
+        may stop early to bound its work, and the caller asks again. Host offsets count in the data child; ask
+        ``child.direct`` to come down to a file.
+        """
+
+    def direct(self, offset: int, length: int) -> tuple[FileStorage, int] | None:
+        """The file and position that hold exactly these bytes, if reading or writing there is the same as here.
+
+        None for anything that computes, throttles, injects or remaps.
+        """
+
+    def place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
+        """Make a range of whole placement units this device's own, and say where it is.
+
+        Yields DATA runs with host offsets in the data child (use ``data_child.direct``); the caller fills them all. On normal
+        exit the mapping is published (reads see the new bytes); on an exception nothing changed for readers and new
+        space is given back. The end of the device may cut the last unit short.
+        """
+
+    @property
+    def data_child(self) -> BlockDevice | None:
+        """The child that host offsets of :meth:`map` and :meth:`place` count in; None for protocol drivers (themselves)."""
+
+    def truncate(self, length: int) -> None:
+        """Change the length; new bytes read as zeros (never as old or backing data)."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackingReference:
+    """What an image header says about its backing file. Both strings are untrusted."""
+
+    filename: str
+    format: str | None
+
+
+@dataclass(slots=True)
+class ImageInfo:
+    """What a query reports of one driver instance (QEMU's ImageInfo without the chain)."""
+
+    format: str
+    virtual_size: int
+    actual_size: int | None = None
+    cluster_size: int | None = None
+    dirty: bool = False
+    encrypted: bool = False
+    backing: BackingReference | None = None
+    format_specific: Mapping[str, Any] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Driver(ABC):
+    """Base class of everything that can be a node. Implements :class:`BlockDevice`."""
+
+    #: QEMU's driver name, e.g. ``qcow2``.
+    format_name: ClassVar[str]
+    is_filter: ClassVar[bool] = False
+    #: True for drivers that hold a file themselves (file, host_device, null-co).
+    is_protocol: ClassVar[bool] = False
+    supports_backing: ClassVar[bool] = False
+
+    #: May the driver write to its children? Changed by reopen only.
+    read_only: bool = False
+
+    # -- I/O: any worker thread ------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def length(self) -> int: ...
+
+    @property
+    def placement_unit(self) -> int | None:
+        return None
+
+    @property
+    def data_child(self) -> BlockDevice | None:
+        return None
+
+    @abstractmethod
+    def readinto(self, offset: int, buffer: memoryview) -> None: ...
+
+    @abstractmethod
+    def write(self, offset: int, data: Buffer) -> None: ...
+
+    @abstractmethod
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None: ...
+
+    @abstractmethod
+    def discard(self, offset: int, length: int) -> None: ...
+
+    @abstractmethod
+    def flush(self) -> None: ...
+
+    @abstractmethod
+    def map(self, offset: int, length: int) -> Runs: ...
+
+    def direct(self, offset: int, length: int) -> tuple[FileStorage, int] | None:
+        return None
+
+    def place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
+        raise QmpdError(f"{self.format_name}: no placement", Kind.UNSUPPORTED)
+
+    def truncate(self, length: int) -> None:
+        raise QmpdError("Image format driver does not support resize", Kind.UNSUPPORTED)
+
+    # -- life cycle: a worker thread, nobody else using the driver ---------------------------------------------------
+
+    @abstractmethod
+    def close(self) -> None:
+        """Flush what is dirty (if writable) and release everything. Idempotent."""
+
+    def info(self) -> ImageInfo:
+        """For queries. Any thread; no data I/O."""
+        return ImageInfo(self.format_name, self.length)
+
+    @property
+    def filename(self) -> str:
+        """The path for protocol drivers, '' where a name follows from the children (the graph composes those)."""
+        return ""
+
+    # -- the graph's side: control thread ----------------------------------------------------------------------------
+
+    def attach(self, name: str, child: BlockDevice | None) -> None:
+        """Replace the child called ``name`` ('file', 'backing', ...)."""
+        raise QmpdError(f"The {self.format_name} driver has no '{name}' child")
+
+    def permissions_check(self, perm: Perm, shared: Perm) -> None:
+        """May the node hold these cumulative permissions? Acquire what is needed, keep the old state until commit/abort.
+
+        Raises QmpdError (e.g. 'Failed to get "write" lock') with nothing changed.
+        """
+
+    def permissions_commit(self, perm: Perm, shared: Perm) -> None:
+        """The transaction succeeded: release what (perm, shared) no longer needs. Cannot fail."""
+
+    def permissions_abort(self) -> None:
+        """The transaction failed after a successful check: back to the old state. Cannot fail."""
+
+    def reopen_prepare(self, *, read_only: bool, options: Mapping[str, Any] | None = None) -> None:
+        """Get ready to continue with other flags. The graph has flushed before. Raises with nothing changed."""
+
+    def reopen_commit(self) -> None:
+        """Switch over. Cannot fail."""
+
+    def reopen_abort(self) -> None:
+        """Forget what prepare did. Cannot fail."""
+
+    # -- formats with a backing file ---------------------------------------------------------------------------------
+
+    @property
+    def backing_reference(self) -> BackingReference | None:
+        """The header's backing file, or None."""
+        return None
+
+    def check_backing_reference(self, reference: BackingReference | None) -> None:
+        """Would :meth:`change_backing_reference` fit? Raises EINVAL-errno QmpdError otherwise. No I/O."""
+        raise QmpdError("Operation not supported", Kind.UNSUPPORTED)
+
+    def change_backing_reference(self, reference: BackingReference | None) -> None:
+        """Rewrite the header durably (returns after the sync). Worker thread; the driver must be writable."""
+        raise QmpdError("Operation not supported", Kind.UNSUPPORTED)
