@@ -1,0 +1,133 @@
+"""The control cell: the only thing that a job's body and the control thread both touch.
+
+The control thread asks (pause, cancel, speed) and reads progress; the body looks at the cell between chunks, at no
+other time, and reports progress. Every field is read and written under one lock that is held for a few instructions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+from qmpd.errors import Kind, QmpdError
+from qmpd.jobs.ratelimit import RateLimit
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """The body gives up its thread, for ``delay`` seconds or until it is woken; while paused, until it is resumed."""
+
+    delay: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Bytes (for jobs without bytes: steps)."""
+
+    current: int
+    total: int
+
+
+def cancelled() -> QmpdError:
+    """What a cancelled body raises."""
+    return QmpdError("Operation canceled", Kind.CANCELLED)
+
+
+class Cell:
+    """Pause, cancel, speed and progress of one job. Methods say which plane calls them."""
+
+    def __init__(self, clock: Callable[[], float], wake: Callable[[], None] = lambda: None) -> None:
+        """``clock`` gives seconds, on any thread. ``wake`` is called on the control thread and must be idempotent."""
+        self._lock = threading.Lock()
+        self._clock = clock
+        self._wake = wake
+        self._limit = RateLimit()
+        self._paused = False
+        self._cancelled = False
+        self._progress = Progress(0, 0)
+
+    # -- control thread ----------------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """The body rests at its next checkpoint."""
+        with self._lock:
+            self._paused = True
+
+    def resume(self) -> None:
+        """The body may go on; it computes its rate limit again."""
+        with self._lock:
+            self._paused = False
+        self._wake()
+
+    def cancel(self) -> None:
+        """The body ends at its next checkpoint, paused or not. Cannot be taken back."""
+        with self._lock:
+            self._cancelled = True
+            self._paused = False
+        self._wake()
+
+    def set_speed(self, speed: int) -> None:
+        """Bytes per second, 0 for no limit. A lowered speed lets the current sleep end by itself (section 6)."""
+        with self._lock:
+            old, self._limit.speed = self._limit.speed, speed
+        if speed == 0 or speed > old:
+            self._wake()
+
+    # -- any thread --------------------------------------------------------------------------------------------------
+
+    @property
+    def paused(self) -> bool:
+        with self._lock:
+            return self._paused
+
+    @property
+    def cancelled(self) -> bool:
+        with self._lock:
+            return self._cancelled
+
+    @property
+    def speed(self) -> int:
+        with self._lock:
+            return self._limit.speed
+
+    @property
+    def progress(self) -> Progress:
+        with self._lock:
+            return self._progress
+
+    # -- the body ----------------------------------------------------------------------------------------------------
+
+    def set_total(self, total: int) -> None:
+        """How much there is to do altogether."""
+        with self._lock:
+            self._progress = Progress(self._progress.current, total)
+
+    def advance(self, count: int, *, charged: int = 0) -> None:
+        """``count`` more is done; ``charged`` bytes of it count against the speed limit."""
+        with self._lock:
+            current, total = self._progress.current, self._progress.total
+            self._progress = Progress(current + count, total)
+            if charged:
+                self._limit.delay(self._clock(), charged)
+
+    def checkpoint(self) -> Generator[Rest, None, None]:
+        """Rest while paused. Raises the cancellation; takes no thread hop when nobody asked for anything."""
+        while True:
+            with self._lock:
+                paused, is_cancelled = self._paused, self._cancelled
+            if is_cancelled:
+                raise cancelled()
+            if not paused:
+                return
+            yield Rest()
+
+    def pace(self) -> Generator[Rest, None, None]:
+        """A checkpoint which also sleeps until the speed limit lets the next chunk go."""
+        while True:
+            yield from self.checkpoint()
+            with self._lock:
+                delay = self._limit.delay(self._clock())
+            if delay <= 0:
+                return
+            yield Rest(delay)
