@@ -1,0 +1,165 @@
+"""File names of nodes: plain where the name alone would open the same thing again, else ``json:`` with the options.
+
+Also the arithmetic of names found in headers. Nothing here touches a file system. Source: spec/block-graph.md
+section 8.
+
+Deviation: whether a backing node is what the header names is decided by the resolved paths, not by comparing strings;
+``./base.qcow2`` and ``base.qcow2`` are one file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qmpd.block.api import BackingReference
+from qmpd.errors import QmpdError
+
+if TYPE_CHECKING:
+    from qmpd.graph.node import Node
+
+_MAX_NAME = 4095
+
+#: Driver options that change what a guest sees, so that the plain file name would not say it all.
+_STRONG: Mapping[str, frozenset[str]] = {
+    "file": frozenset({"filename"}),
+    "host_device": frozenset({"filename"}),
+    "null-co": frozenset({"size", "read-zeroes"}),
+    "null-aio": frozenset({"size", "read-zeroes"}),
+    "raw": frozenset({"offset", "size"}),
+    "throttle": frozenset({"throttle-group"}),
+    "blkdebug": frozenset({"config", "inject-error", "set-state"}),
+    "copy-on-read": frozenset({"bottom"}),
+}
+
+#: Job filters go by the name of the node under them.
+_TRANSPARENT = frozenset({"commit_top", "mirror_top"})
+
+_Described = tuple[str, dict[str, Any]]
+
+
+def filename_of(node: Node) -> str:
+    """The node's file name as queries report it and as a backing reference would store it."""
+    return _describe(node, {})[0]
+
+
+def exact_filename(node: Node) -> str:
+    """The plain file name, '' if there is none."""
+    name = filename_of(node)
+    return "" if name.startswith("json:") else name
+
+
+def _describe(node: Node, known: dict[Node, _Described]) -> _Described:
+    """(file name, options that would open the node again); ``known`` keeps deep chains linear."""
+    if node not in known:
+        known[node] = _describe_anew(node, known)
+    return known[node]
+
+
+def _describe_anew(node: Node, known: dict[Node, _Described]) -> _Described:
+    if node.implicit or node.driver_name in _TRANSPARENT:
+        edge = node.filter_edge or node.primary_edge
+        if edge is not None:
+            return _describe(edge.node, known)
+    strong = {name: node.spec.options[name] for name in _strong_given(node)}
+    overridden = _overridden(node, known)
+    options: dict[str, Any] = {"driver": node.driver_name, **strong}
+    for name, edge in node.children.items():
+        if edge is not node.cow_edge or overridden:
+            options[name] = _describe(edge.node, known)[1]
+    if overridden and node.cow_edge is None:
+        options["backing"] = None
+    plain = _plain(node, known) if not overridden else ""
+    return plain or _json(options), options
+
+
+def _strong_given(node: Node) -> list[str]:
+    return sorted(_STRONG.get(node.driver_name, frozenset()) & node.spec.options.keys())
+
+
+def _plain(node: Node, known: dict[Node, _Described]) -> str:
+    """The name of a node whose backing is as its header says."""
+    strong = _strong_given(node)
+    if node.driver_name in ("null-co", "null-aio"):
+        return "" if strong else f"{node.driver_name}://"
+    if node.driver is not None and node.driver.is_protocol:
+        return node.driver.filename or str(node.spec.options.get("filename", ""))
+    child = node.primary_edge
+    if child is None:
+        return ""
+    name = _describe(child.node, known)[0]
+    if name.startswith("json:"):
+        return ""
+    if node.driver_name == "blkdebug":
+        others = [option for option in strong if option != "config"]
+        return "" if others else f"blkdebug:{node.spec.options.get('config', '')}:{name}"
+    protocol = child.node.driver is not None and child.node.driver.is_protocol
+    return name if protocol and not node.is_filter and not strong else ""
+
+
+def _overridden(node: Node, known: dict[Node, _Described]) -> bool:
+    """Is the backing child another than the one the header names?"""
+    if node.is_filter or node.driver is None or not node.driver.supports_backing:
+        return False
+    reference = node.driver.backing_reference
+    edge = node.cow_edge
+    if edge is None or reference is None:
+        return edge is not None or reference is not None
+    return not same_file(full_backing_filename(node, reference), _describe(edge.node, known)[0])
+
+
+def _json(options: dict[str, Any]) -> str:
+    name = "json:" + json.dumps(options, sort_keys=True)
+    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 3] + "..."
+
+
+# -- names in headers --------------------------------------------------------------------------------------------------
+
+
+def has_protocol(name: str) -> bool:
+    """Is there a ``proto:`` in front (a colon before any slash)?"""
+    return ":" in name.partition("/")[0]
+
+
+def combine(image: str, name: str) -> str:
+    """``name`` as found in the header of the file ``image``, seen from where ``image`` is seen. Plain text work."""
+    if name.startswith("/") or has_protocol(name):
+        return name
+    directory, slash, _ = image.rpartition("/")
+    return directory + slash + name
+
+
+def same_file(one: str, other: str) -> bool:
+    """Are both the same path, however spelled? Symbolic links are not followed."""
+    if one == other:
+        return True
+    if has_protocol(one) or has_protocol(other):
+        return False
+    return os.path.abspath(one) == os.path.abspath(other)
+
+
+def image_path(node: Node) -> str | None:
+    """The path of the file that holds the node's header, None if it is not in a plain file."""
+    current: Node | None = node
+    while current is not None:
+        if current.driver_name in ("file", "host_device") and current.driver is not None:
+            return current.driver.filename
+        edge = current.primary_edge
+        current = edge.node if edge else None
+    return None
+
+
+def full_backing_filename(node: Node, reference: BackingReference) -> str:
+    """The header's backing string resolved against the image's directory (as it is if that is not possible)."""
+    path = image_path(node)
+    return reference.filename if path is None else combine(path, reference.filename)
+
+
+def resolve_backing(node: Node, reference: BackingReference) -> str:
+    """As :func:`full_backing_filename`, raising where there is no directory to resolve against."""
+    name = reference.filename
+    if image_path(node) is None and not name.startswith("/") and not has_protocol(name):
+        raise QmpdError(f"Cannot use relative backing file names for '{filename_of(node)}'", node=node.name)
+    return full_backing_filename(node, reference)
