@@ -25,8 +25,8 @@ exchange. What follows is the complete list of deliberate differences. A differe
 please report it.
 
 In general: the greeting's `version.qemu` is the QMP level spoken, `package` names qmpd and its version. Commands and
-members that are qmpd's own are called `x-qmpd-...` and reach only clients that ask for them. Members of JSON objects have
-no promised order.
+members that are qmpd's own are called `x-qmpd-...` and reach only clients that ask for them. Members of JSON objects
+have no promised order.
 """
 
 #: Headings of the areas, in the order of the page; an area that is not listed here comes last under its own name.
@@ -41,6 +41,9 @@ AREAS = {
     "toolbox": "Other block commands",
     "exports": "NBD exports",
 }
+
+#: Fields that hold names, with their labels on the page.
+LISTS = {"commands-missing": "Not available", "commands-added": "Additional", "cases": "Recordings"}
 
 
 def page(deviations: list[dict[str, Any]]) -> str:

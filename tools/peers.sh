@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The programs that the tests compare qmpd with. Root gets the missing ones installed, others are told how.
+# Never fails by itself: a test that misses its program skips with a reason, or fails where CI is set.
+set -euo pipefail
+
+packages=()
+need() { # need PACKAGE COMMAND...: the package is missing unless the command succeeds
+  local package=$1
+  shift
+  "$@" >/dev/null 2>&1 || packages+=("$package")
+}
+need qemu-utils sh -c 'command -v qemu-img && command -v qemu-io && command -v qemu-nbd'
+need libnbd-bin sh -c 'command -v nbdinfo && command -v nbdcopy'
+need python3-libnbd sh -c '/usr/bin/python3 -c "import nbd"'
+need socat sh -c 'command -v socat'
+[ ${#packages[@]} -gt 0 ] || exit 0
+
+if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+  echo "Installing ${packages[*]}"
+  export DEBIAN_FRONTEND=noninteractive
+  install=(apt-get install -qq -y --no-install-recommends "${packages[@]}")
+  { "${install[@]}" || { apt-get update -qq && "${install[@]}"; }; } </dev/null >/dev/null 2>&1 && exit 0
+  echo "apt-get could not install them."
+fi
+echo "For all of the tests, type: sudo apt-get install ${packages[*]}"
