@@ -51,6 +51,11 @@ def exact_filename(node: Node) -> str:
     return "" if name.startswith("json:") else name
 
 
+def is_backing_overridden(node: Node) -> bool:
+    """Is the backing child another than the one the header names (or missing, or there without being named)?"""
+    return _overridden(node, {})
+
+
 def _describe(node: Node, known: dict[Node, _Described]) -> _Described:
     """(file name, options that would open the node again); ``known`` keeps deep chains linear."""
     if node not in known:
@@ -100,7 +105,6 @@ def _plain(node: Node, known: dict[Node, _Described]) -> str:
 
 
 def _overridden(node: Node, known: dict[Node, _Described]) -> bool:
-    """Is the backing child another than the one the header names?"""
     if node.is_filter or node.driver is None or not node.driver.supports_backing:
         return False
     reference = node.driver.backing_reference

@@ -40,7 +40,8 @@ class NodeSpec:
         """All common options filled in: inherited from ``parent`` (itself effective) or default.
 
         Inline children other than backing follow the parent's read-only and auto-read-only; a backing child is
-        read-only unless told otherwise. Cache options and force-share are followed by both. Children discard by default.
+        read-only unless told otherwise. Cache options and force-share are followed by both. Children discard by
+        default.
         """
         values: dict[str, Any] = dict(ROOT_DEFAULTS)
         if parent is not None:
