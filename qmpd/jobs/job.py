@@ -86,7 +86,8 @@ class Failure:
     """A request failed. Yielded by a body; when the yield returns, the action has been carried out.
 
     For STOP that is: the job was paused and a client resumed it. For IGNORE: a short delay has passed. For REPORT
-    nothing is left to do but to raise ``error``.
+    nothing is left to do but to raise ``error``. A body whose retry succeeds yields a Rest: the client that resumed it
+    waits for the outcome.
     """
 
     operation: Literal["read", "write"]
@@ -114,6 +115,12 @@ _ID_REST: Final = _ID_FIRST | frozenset(string.digits) | frozenset("-._")
 def well_formed_id(name: str) -> bool:
     """QEMU's rule for ids that a client chooses (section 1.4)."""
     return bool(name) and name[0] in _ID_FIRST and set(name) <= _ID_REST
+
+
+def check_speed(speed: int) -> None:
+    """Raise for a speed below 0 (bytes per second)."""
+    if speed < 0:
+        raise QmpdError("Parameter 'speed' expects a non-negative value")
 
 
 class Job(ABC):

@@ -1,0 +1,281 @@
+"""One job's life, told by one task: start, body, phases, events.
+
+The task belongs to the daemon, so no client takes a job with it when it hangs up. Verbs arrive from other tasks of the
+control thread; they poke the life (:meth:`Life.cancel` and friends) and, where clients expect the events before the
+reply, wait on one of its trio events. Source: spec/jobs-and-commit.md sections 1 and 2.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+from typing import Any, Final, Protocol, TypeVar
+
+import trio
+
+from qmpd.errors import Kind, QmpdError, strerror
+from qmpd.jobs.cell import Cell, Rest, cancelled
+from qmpd.jobs.job import Action, Body, Failure, IoStatus, Job, Ready
+from qmpd.jobs.table import Publish, Status, transition
+from qmpd.steps import Steps
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+RETRY_DELAY: Final = 0.1
+"""Seconds before a chunk that on-error says to ignore is tried again; without it a dead disk makes a job spin."""
+
+#: Status -> what it becomes when a pause takes effect, and the other way round.
+_PAUSED: Final = {Status.RUNNING: Status.PAUSED, Status.READY: Status.STANDBY}
+_RESUMED: Final = {paused: active for active, paused in _PAUSED.items()}
+
+
+class Bridge(Protocol):
+    """What is needed of ``control.bridge``."""
+
+    async def to_worker(self, fn: Callable[..., T], *args: Any) -> T: ...
+    async def run_steps(self, steps: Steps[T]) -> T: ...
+
+
+def _next(body: Body) -> Rest | Failure | Ready | None:
+    """Worker thread: the body's next stretch; None when it ended."""
+    return next(body, None)
+
+
+class Life:
+    """The run-time side of one job. Control thread."""
+
+    def __init__(self, job: Job, publish: Publish, bridge: Bridge, graph_lock: trio.Lock, opened: trio.Event) -> None:
+        """``opened`` is set when the opening stretch of the body is over: the job's command can be answered."""
+        self.job = job
+        self.cell = Cell(trio.lowlevel.current_clock().current_time, self._poke)
+        self.opened = opened
+        #: Concluded, and dismissed if the job does that itself.
+        self.over = trio.Event()
+        #: True while a worker thread is at it (``busy`` in queries).
+        self.busy = False
+        #: Set when a retry that a client asked for has had its outcome.
+        self.retried = trio.Event()
+        self.retried.set()
+        self._publish = publish
+        self._bridge = bridge
+        self._graph_lock = graph_lock
+        self._wake = trio.Event()
+        self._may_finalize = job.auto_finalize
+
+    # -- poked by verbs ------------------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """A resting body is paused at once; one at work, at its next checkpoint."""
+        self.job.user_paused = True
+        self.cell.pause()
+        if not self.busy:
+            self._show_paused()
+
+    def resume(self) -> bool:
+        """Go on. True: this retries a failed chunk, and :attr:`retried` tells when the outcome is known."""
+        job = self.job
+        retry = job.io_status is not IoStatus.OK and job.status in _RESUMED
+        job.user_paused = False
+        job.io_status = IoStatus.OK
+        self._show_resumed()
+        if retry:
+            self.retried = trio.Event()
+        self.cell.resume()
+        return retry
+
+    def cancel(self) -> bool:
+        """End it by force. True: it rests, so its end is near and :attr:`over` worth waiting for."""
+        resting = not self.busy and self.job.status is not Status.CREATED
+        self.job.user_paused = False
+        self.job.io_status = IoStatus.OK
+        self.cell.cancel()
+        return resting
+
+    def wake(self) -> None:
+        """Let a resting body look around."""
+        self._poke()
+
+    def finalize(self) -> None:
+        """Let a pending job take its last step."""
+        self._may_finalize = True
+        self._poke()
+
+    # -- the task ------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Created to running. The caller holds the graph lock. Raises what ``start`` raised, with the job gone."""
+        self._to(Status.CREATED)
+        try:
+            await self._bridge.run_steps(self.job.start(self.cell))
+        except BaseException:
+            self._to(Status.NULL)
+            raise
+        self._to(Status.RUNNING)
+
+    async def live(self) -> None:
+        """Running to the end."""
+        error = await self._run()
+        await self._finish(error)
+        self.opened.set()
+        self.over.set()
+
+    def dismiss(self) -> None:
+        """Concluded to null."""
+        self._to(Status.NULL)
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> QmpdError | None:
+        """Drive the body; how it failed."""
+        body = self.job.run(self.cell)
+        try:
+            if self.cell.cancelled:
+                return cancelled()
+            while (request := await self._stretch(body)) is not None:
+                await self._serve(request)
+        except QmpdError as error:
+            return error
+        except Exception:  # noqa: BLE001
+            return self._our_fault()
+        finally:
+            self.retried.set()
+        return None
+
+    async def _stretch(self, body: Body) -> Rest | Failure | Ready | None:
+        # Made anew before the body looks at its cell: a poke that comes while it works must not be lost.
+        self._wake = trio.Event()
+        self.busy = True
+        try:
+            return await self._bridge.to_worker(_next, body)
+        finally:
+            self.busy = False
+
+    async def _serve(self, request: Rest | Failure | Ready) -> None:
+        """Do what the body gave up its thread for."""
+        match request:
+            case Rest(delay):
+                await self._rest(delay)
+            case Failure():
+                await self._fail(request)
+            case Ready():
+                self._to(Status.READY)
+                self._publish("BLOCK_JOB_READY", self._block_job_data())
+                self.opened.set()
+
+    async def _fail(self, failure: Failure) -> None:
+        self._publish(
+            "BLOCK_JOB_ERROR",
+            {"device": self.job.id, "operation": failure.operation, "action": failure.action.value},
+        )
+        if failure.action is Action.STOP and not self.cell.cancelled:
+            self.job.user_paused = True
+            if self.job.io_status is IoStatus.OK:
+                no_space = failure.error.kind is Kind.NO_SPACE
+                self.job.io_status = IoStatus.NOSPACE if no_space else IoStatus.FAILED
+            self.cell.pause()
+        if failure.action is not Action.REPORT:
+            await self._rest(RETRY_DELAY)
+
+    async def _rest(self, delay: float) -> None:
+        """Hold the body for ``delay`` seconds or until poked, and as long as it is paused."""
+        self.opened.set()
+        self.retried.set()
+        if delay > 0 and not self.cell.paused:
+            with trio.move_on_after(delay):
+                await self._wake.wait()
+        while self.cell.paused:
+            self._show_paused()
+            self._wake = trio.Event()
+            await self._wake.wait()
+        self._show_resumed()
+
+    # -- ending --------------------------------------------------------------------------------------------------------
+
+    async def _finish(self, error: QmpdError | None) -> None:
+        """Everything from the end of the body on. A cancellation may come in until the last step begins."""
+        if error is None and not self.cell.cancelled:
+            await self._pend()
+        is_cancelled = self.cell.cancelled
+        if is_cancelled:
+            error = error or cancelled()
+        if error is not None:
+            self._give_up(error)
+        async with self._graph_lock:
+            await self._last_phases()
+        self._announce_end("BLOCK_JOB_CANCELLED" if is_cancelled else "BLOCK_JOB_COMPLETED")
+        self._to(Status.CONCLUDED)
+        if self.job.auto_dismiss:
+            self._to(Status.NULL)
+
+    def _give_up(self, error: QmpdError) -> None:
+        self.job.error = error
+        self._to(Status.ABORTING)
+
+    async def _pend(self) -> None:
+        """Pass through waiting, which a single job leaves at once, and stay in pending until told to go on."""
+        self._to(Status.WAITING)
+        self._to(Status.PENDING)
+        if not self._may_finalize and self.job.is_block_job:
+            self._publish("BLOCK_JOB_PENDING", {"type": self.job.job_type, "id": self.job.id})
+        while not (self._may_finalize or self.cell.cancelled):
+            self.opened.set()
+            self._wake = trio.Event()
+            await self._wake.wait()
+
+    async def _last_phases(self) -> None:
+        """Prepare, then commit or abort, then clean."""
+        job = self.job
+        if job.error is None and (error := await self._failure(job.prepare())) is not None:
+            self._give_up(error)
+        ending = job.commit() if job.error is None else job.abort()
+        for phase in (ending, job.clean()):
+            if (error := await self._failure(phase)) is not None:
+                _log.error("job %s: while ending: %s", job.id, error)
+
+    async def _failure(self, steps: Steps[None]) -> QmpdError | None:
+        """Carry out a phase; how it failed."""
+        try:
+            await self._bridge.run_steps(steps)
+        except QmpdError as error:
+            return error
+        except Exception:  # noqa: BLE001
+            return self._our_fault()
+        return None
+
+    def _our_fault(self) -> QmpdError:
+        """Called while handling an exception that is a bug of ours: it must cost this job, not the daemon."""
+        _log.exception("job %s: unexpected failure", self.job.id)
+        return QmpdError(strerror(errno.EIO), Kind.IO, errno=errno.EIO)
+
+    def _announce_end(self, event: str) -> None:
+        if self.job.is_block_job:
+            failed = {} if self.job.error is None or event == "BLOCK_JOB_CANCELLED" else {"error": self.job.error.desc}
+            self._publish(event, self._block_job_data() | failed)
+
+    # -- small things --------------------------------------------------------------------------------------------------
+
+    def _to(self, status: Status) -> None:
+        transition(self.job, status, self._publish)
+
+    def _show_paused(self) -> None:
+        if self.job.status in _PAUSED:
+            self._to(_PAUSED[self.job.status])
+
+    def _show_resumed(self) -> None:
+        if self.job.status in _RESUMED:
+            self._to(_RESUMED[self.job.status])
+
+    def _block_job_data(self) -> dict[str, Any]:
+        progress = self.cell.progress
+        return {
+            "device": self.job.id,
+            "len": progress.total,
+            "offset": progress.current,
+            "speed": self.cell.speed,
+            "type": self.job.job_type,
+        }
+
+    def _poke(self) -> None:
+        self._wake.set()
