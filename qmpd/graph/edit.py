@@ -150,7 +150,7 @@ class Edit:
         perm, shared = node.cumulative()
         permissions.check_state(node, perm, was_read_only=self._reopened.get(node, node.read_only))
         if node.driver is not None:
-            node.driver.permissions_check(perm, shared)
+            node.driver.permissions_check(*_granted(node))
             self._undo.append(node.driver.permissions_abort)
             agreed.append(node)
         for edge in node.children.values():
@@ -169,7 +169,7 @@ class Edit:
         for node in reversed(self._reopened):
             node.opened.reopen_commit()
         for node in granted:
-            node.opened.permissions_commit(*node.cumulative())
+            node.opened.permissions_commit(*_granted(node))
         for edge in self._retargeted:
             if isinstance(edge.parent, Backend) and edge.parent.edge is edge:
                 edge.parent.retargeted(edge)
@@ -202,6 +202,11 @@ class Edit:
             self.detach(edge)
         self._keep_dict(self.graph.table)
         del self.graph.table[node.name]
+
+    def refresh(self, node: Node) -> None:
+        """Compute the permissions below ``node`` anew, because its driver's demands have changed."""
+        self._touch(node)
+        self._tightens = True
 
     def set_attribute(self, node: Node, name: str, value: object) -> None:
         """Change a plain attribute of a node, e.g. ``monitor_owned``."""
@@ -389,6 +394,11 @@ class Edit:
         if edge.blocker is not None:
             self.unblock_ops(edge.node, edge.blocker)
             self._assign(edge, "blocker", None)
+
+
+def _granted(node: Node) -> tuple[Perm, Perm]:
+    """What the driver is to provide. An inactive node leaves its files to others: no locks."""
+    return node.cumulative() if node.active else (Perm.NONE, Perm.ALL)
 
 
 def _follows(edge: Edge, new: Node) -> bool:

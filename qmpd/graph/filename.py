@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from qmpd.block.api import BackingReference
 from qmpd.errors import QmpdError
@@ -37,12 +37,25 @@ _STRONG: Mapping[str, frozenset[str]] = {
 #: Job filters go by the name of the node under them.
 _TRANSPARENT = frozenset({"commit_top", "mirror_top"})
 
-_Described = tuple[str, dict[str, Any]]
+
+class _Described(NamedTuple):
+    """A node's file name, and the JSON of the options that would open it again."""
+
+    name: str
+    options: str
+
+
+_Known = dict["Node", _Described]
 
 
 def filename_of(node: Node) -> str:
     """The node's file name as queries report it and as a backing reference would store it."""
-    return _describe(node, {})[0]
+    return _describe(node)[node].name
+
+
+def is_backing_overridden(node: Node) -> bool:
+    """Is the backing child another than the one the header names (or missing, or there without being named)?"""
+    return _overridden(node, _describe(node))
 
 
 def exact_filename(node: Node) -> str:
@@ -51,72 +64,66 @@ def exact_filename(node: Node) -> str:
     return "" if name.startswith("json:") else name
 
 
-def is_backing_overridden(node: Node) -> bool:
-    """Is the backing child another than the one the header names (or missing, or there without being named)?"""
-    return _overridden(node, {})
+def _describe(node: Node) -> _Known:
+    """Descriptions of the node and all below it. Children first, so that any depth takes linear time and no stack."""
+    known: _Known = {}
+    for below in reversed(node.subtree()):
+        known[below] = _describe_one(below, known)
+    return known
 
 
-def _describe(node: Node, known: dict[Node, _Described]) -> _Described:
-    """(file name, options that would open the node again); ``known`` keeps deep chains linear."""
-    if node not in known:
-        known[node] = _describe_anew(node, known)
-    return known[node]
-
-
-def _describe_anew(node: Node, known: dict[Node, _Described]) -> _Described:
+def _describe_one(node: Node, known: _Known) -> _Described:
     if node.implicit or node.driver_name in _TRANSPARENT:
         edge = node.filter_edge or node.primary_edge
         if edge is not None:
-            return _describe(edge.node, known)
-    strong = {name: node.spec.options[name] for name in _strong_given(node)}
+            return known[edge.node]
     overridden = _overridden(node, known)
-    options: dict[str, Any] = {"driver": node.driver_name, **strong}
+    options = {name: json.dumps(node.spec.options[name], sort_keys=True) for name in _strong_given(node)}
+    options["driver"] = json.dumps(node.driver_name)
     for name, edge in node.children.items():
         if edge is not node.cow_edge or overridden:
-            options[name] = _describe(edge.node, known)[1]
+            options[name] = known[edge.node].options
     if overridden and node.cow_edge is None:
-        options["backing"] = None
-    plain = _plain(node, known) if not overridden else ""
-    return plain or _json(options), options
+        options["backing"] = "null"
+    # Cut where it cannot show any more: a name is cut too, and this text comes after others in it.
+    text = "{" + ", ".join(f'"{name}": {options[name]}' for name in sorted(options)) + "}"
+    plain = "" if overridden else _plain(node, known)
+    return _Described(plain or _cut("json:" + text), text[:_MAX_NAME])
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 3] + "..."
 
 
 def _strong_given(node: Node) -> list[str]:
     return sorted(_STRONG.get(node.driver_name, frozenset()) & node.spec.options.keys())
 
 
-def _plain(node: Node, known: dict[Node, _Described]) -> str:
-    """The name of a node whose backing is as its header says."""
+def _plain(node: Node, known: _Known) -> str:
+    """The name of a node whose backing is as its header says, '' if it has none."""
     strong = _strong_given(node)
     if node.driver_name in ("null-co", "null-aio"):
         return "" if strong else f"{node.driver_name}://"
     if node.driver is not None and node.driver.is_protocol:
         return node.driver.filename or str(node.spec.options.get("filename", ""))
     child = node.primary_edge
-    if child is None:
-        return ""
-    name = _describe(child.node, known)[0]
-    if name.startswith("json:"):
+    name = known[child.node].name if child else ""
+    if child is None or name.startswith("json:"):
         return ""
     if node.driver_name == "blkdebug":
-        others = [option for option in strong if option != "config"]
-        return "" if others else f"blkdebug:{node.spec.options.get('config', '')}:{name}"
+        return "" if set(strong) - {"config"} else f"blkdebug:{node.spec.options.get('config', '')}:{name}"
     protocol = child.node.driver is not None and child.node.driver.is_protocol
     return name if protocol and not node.is_filter and not strong else ""
 
 
-def _overridden(node: Node, known: dict[Node, _Described]) -> bool:
+def _overridden(node: Node, known: _Known) -> bool:
     if node.is_filter or node.driver is None or not node.driver.supports_backing:
         return False
     reference = node.driver.backing_reference
     edge = node.cow_edge
     if edge is None or reference is None:
         return edge is not None or reference is not None
-    return not same_file(full_backing_filename(node, reference), _describe(edge.node, known)[0])
-
-
-def _json(options: dict[str, Any]) -> str:
-    name = "json:" + json.dumps(options, sort_keys=True)
-    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 3] + "..."
+    return not same_file(full_backing_filename(node, reference), known[edge.node].name)
 
 
 # -- names in headers --------------------------------------------------------------------------------------------------

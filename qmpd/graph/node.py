@@ -9,7 +9,7 @@ Source: spec/block-graph.md sections 1 and 2.3.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -237,13 +237,13 @@ class Node:
         edge = self.cow_edge
         return edge.node if edge else None
 
+    def subtree(self) -> list[Node]:
+        """This node and everything below it, parents before children, each once."""
+        return topological([self])
+
     def reaches(self, other: Node) -> bool:
         """Is ``other`` this node or one below it?"""
-        return self is other or any(edge.node.reaches(other) for edge in self.children.values())
-
-    def descendants(self) -> Iterator[Node]:
-        """This node and everything below, parents before children, each once."""
-        return iter(topological([self]))
+        return other in self.subtree()
 
     # -- permissions -------------------------------------------------------------------------------------------------
 
@@ -275,21 +275,21 @@ class Node:
 Parent = Node | Backend | JobParent
 
 
-def topological(roots: list[Node], below: Callable[[Edge], bool] | None = None) -> list[Node]:
-    """The roots and everything below them, parents before children, each node once."""
+def topological(roots: Iterable[Node]) -> list[Node]:
+    """The roots and everything below them, parents before children, each node once.
+
+    No recursion: clients can stack thousands of nodes.
+    """
     order: list[Node] = []
     seen: set[Node] = set()
-
-    def visit(node: Node) -> None:
-        if node in seen:
-            return
-        seen.add(node)
-        for edge in reversed(node.children.values()):
-            if below is None or below(edge):
-                visit(edge.node)
-        order.append(node)
-
-    for root in reversed(roots):
-        visit(root)
+    stack = [(node, False) for node in roots]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack += [(edge.node, False) for edge in node.children.values()]
     order.reverse()
     return order

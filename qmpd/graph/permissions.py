@@ -125,6 +125,11 @@ _RULES: Mapping[str, _Rule] = {
 }
 
 
+def takes_children(driver_name: str) -> bool:
+    """Does the driver's own state, known only once it is open, decide what it asks of its child?"""
+    return driver_name in ("blkdebug", "preallocate")
+
+
 def child_permissions(node: Node, edge: Edge, perm: Perm, shared: Perm) -> Granted:
     """What ``node``, of which (perm, shared) is asked in sum, asks of the child behind ``edge``."""
     asked, shared_below = _RULES.get(node.driver_name, _by_role)(node, edge.role, perm, shared)

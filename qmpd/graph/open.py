@@ -1,0 +1,303 @@
+"""Opening a tree of nodes from its description, and closing nodes.
+
+Everything here is ``Steps``: what touches files runs on workers, what touches the graph on the control thread. The
+caller holds the graph lock from the first step to the last. A failure closes whatever was opened and leaves the graph
+as it was.
+
+Children are attached, and their permissions (file locks included) taken, before a format driver reads its first byte.
+
+What an image header says is not trusted (spec/block-graph.md section 9). A backing file is opened from the header only
+if its name is a plain path (resolved against the image's directory), its format is given as raw or qcow2, it is a
+regular file that is not in the chain already, and the chain is not absurdly deep. Formats are never guessed: a guest
+chooses what the first bytes of its raw disk are. Naming ``backing`` in the description overrides all of this; the
+header is not looked at then. Data files are never opened from a header.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from qmpd.block.api import BackingReference, BlockDevice, Driver, Role
+from qmpd.block.drivers import DRIVERS
+from qmpd.errors import Kind, QmpdError, from_oserror
+from qmpd.graph import filename
+from qmpd.graph.edit import Graph
+from qmpd.graph.node import Node, topological
+from qmpd.graph.permissions import child_role, takes_children
+from qmpd.graph.spec import NodeSpec
+from qmpd.steps import Steps
+
+_log = logging.getLogger(__name__)
+
+MAX_DEPTH: Final = 64
+"""Levels of nodes that one description, or the headers below it, may stack."""
+
+_BACKING_FAILED = "Could not open backing file: "
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderPolicy:
+    """Where backing files named in headers may be."""
+
+    #: Real paths of directories; None allows any place.
+    directories: tuple[str, ...] | None = None
+
+    def check(self, path: str) -> None:
+        """Raise unless ``path`` may be opened because a header says so. Worker thread."""
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            raise from_oserror(error, f"Could not open '{path}': {os.strerror(error.errno or 0)}", path=path) from None
+        if not stat.S_ISREG(mode):
+            raise QmpdError(f"'{path}' is named by an image header but is not a regular file", path=path)
+        if self.directories is not None and not _inside(os.path.realpath(path), self.directories):
+            raise QmpdError(f"'{path}' is named by an image header but is outside the directories allowed", path=path)
+
+
+def _inside(real: str, directories: Iterable[str]) -> bool:
+    return any(os.path.commonpath([real, directory]) == directory for directory in directories)
+
+
+def open_tree(graph: Graph, spec: NodeSpec, *, policy: HeaderPolicy | None = None) -> Steps[Node]:
+    """Open ``spec`` with all its children; the result has no parents and is not owned by the monitor yet.
+
+    Whoever gets it must give it an owner in the next edit, or close it. Raises QmpdError.
+    """
+    opener = _Opener(graph, policy or HeaderPolicy())
+    try:
+        return (yield from opener.open(spec, _Place()))
+    except Exception:
+        yield from close_nodes(graph, opener.made)
+        raise
+
+
+# -- closing -----------------------------------------------------------------------------------------------------------
+
+
+def close_node(graph: Graph, node: Node) -> Steps[None]:
+    """Close a node without parents, and every node below that only it was holding."""
+    yield from close_nodes(graph, _held_only_by([node]))
+
+
+def close_unreferenced(graph: Graph) -> Steps[None]:
+    """Close what nobody holds any more after an edit that took links away."""
+    yield from close_nodes(graph, _held_only_by(graph.unreferenced()))
+
+
+def close_nodes(graph: Graph, doomed: Iterable[Node]) -> Steps[None]:
+    """Close exactly these nodes. Parents go first: a format may write to its file as it closes."""
+    wanted = set(doomed)
+    order = [node for node in topological(wanted) if node in wanted]
+    for node in order:
+        if node.driver is not None:
+            try:
+                yield node.driver.close
+            except QmpdError as error:
+                _log.error("node %s: while closing: %s", node.name, error)
+    with graph.edit() as edit:
+        for node in order:
+            edit.remove_node(node)
+
+
+def _held_only_by(roots: list[Node]) -> set[Node]:
+    doomed = set(roots)
+    for node in topological(roots):
+        if node not in doomed and not node.monitor_owned and all(edge.parent in doomed for edge in node.parents):
+            doomed.add(node)
+    return doomed
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where in the tree a node is about to go."""
+
+    parent: Node | None = None
+    backing: bool = False
+    from_header: bool = False
+    depth: int = 0
+    #: (device, inode) of every file of the chain above.
+    above: frozenset[tuple[int, int]] = frozenset()
+
+    @property
+    def parent_spec(self) -> NodeSpec | None:
+        return self.parent.spec if self.parent else None
+
+
+class _Opener:
+    def __init__(self, graph: Graph, policy: HeaderPolicy) -> None:
+        self.graph = graph
+        self.policy = policy
+        self.made: list[Node] = []
+
+    def open(self, spec: NodeSpec, place: _Place) -> Steps[Node]:
+        """Open one node and all below it."""
+        if place.depth > MAX_DEPTH:
+            raise QmpdError(f"More than {MAX_DEPTH} images on top of each other", Kind.UNSUPPORTED)
+        driver_class = DRIVERS.get(spec.driver)
+        if driver_class is None:
+            raise QmpdError(f"Unknown driver '{spec.driver}'", Kind.UNSUPPORTED)
+        effective = spec.effective(place.parent_spec, backing=place.backing)
+        node = _new_node(spec, effective, place.parent)
+        children: dict[str, Node] = {}
+        for slot, child in spec.children.items():
+            if slot != "backing" and child is not None:
+                children[slot] = yield from self._child(child, _Place(node, depth=place.depth + 1))
+        self._register(node, effective)
+        self._attach(node, children)
+        yield from self._open_driver(node, driver_class)
+        if driver_class.supports_backing:
+            yield from self._open_backing(node, place)
+        return node
+
+    def _child(self, child: NodeSpec | str, place: _Place) -> Steps[Node]:
+        """An existing node by name, or a new one."""
+        if isinstance(child, str):
+            return self.graph.get(child, child)
+        return (yield from self.open(child, place))
+
+    def _register(self, node: Node, effective: NodeSpec) -> None:
+        """From here on the name is taken."""
+        _check_common(effective)
+        node.name = effective.node_name if effective.node_name is not None else self.graph.generate_name()
+        with self.graph.edit() as edit:
+            edit.add_node(node)
+        self.made.append(node)
+
+    def _attach(self, node: Node, children: Mapping[str, Node]) -> None:
+        with self.graph.edit() as edit:
+            for slot, child in children.items():
+                role = child_role(node.driver_name, slot, node.spec.options, data_file="data-file" in children)
+                edit.attach(node, slot, child, role)
+
+    def _open_driver(self, node: Node, driver_class: type[Driver]) -> Steps[None]:
+        children: dict[str, BlockDevice] = {name: edge.device for name, edge in node.children.items()}
+        read_only = bool(node.spec.read_only) or not node.active
+        node.driver = yield partial(
+            driver_class.open,  # type: ignore[attr-defined]
+            children,
+            driver_options(node.spec),
+            read_only=read_only,
+        )
+        if takes_children(node.driver_name):
+            with self.graph.edit() as edit:  # what it asks of its child, it knows only now
+                edit.refresh(node)
+
+    def _open_backing(self, node: Node, place: _Place) -> Steps[None]:
+        described = "backing" in node.spec.children
+        child: NodeSpec | str | None = node.spec.children.get("backing")
+        try:
+            if not described:
+                backing = yield from self._open_from_header(node, place)
+            elif child is None or child == "":
+                return
+            else:
+                below = _Place(node, backing=True, depth=place.depth + 1)
+                backing = yield from self._child(child, below)
+        except QmpdError as error:
+            raise error.prefixed(_BACKING_FAILED) from None
+        if backing is None:
+            return
+        node.backing_from_header = not described
+        with self.graph.edit() as edit:
+            edit.attach(node, "backing", backing, Role.COW)
+
+    def _open_from_header(self, node: Node, place: _Place) -> Steps[Node | None]:
+        reference = node.opened.backing_reference
+        if reference is None:
+            return None
+        spec = backing_spec(node, reference)
+        path = str(_file_of(spec).options["filename"])
+        yield partial(self.policy.check, path)
+        above = place.above | (yield partial(_identities, node))
+        if (yield partial(_identity, path)) in above:
+            raise QmpdError(f"'{path}' is in this backing chain already", path=path)
+        below = _Place(node, backing=True, from_header=True, depth=place.depth + 1, above=above)
+        return (yield from self.open(spec, below))
+
+
+def _new_node(spec: NodeSpec, effective: NodeSpec, parent: Node | None) -> Node:
+    return Node(
+        name=spec.node_name or "",
+        driver_name=spec.driver,
+        spec=effective,
+        read_only=bool(effective.read_only),
+        force_share=bool(effective.force_share),
+        active=effective.active is not False,
+        inherits_from=parent,
+        explicit=spec.explicit,
+    )
+
+
+def _check_common(spec: NodeSpec) -> None:
+    """Combinations of common options that make no sense."""
+    if spec.force_share and not spec.read_only:
+        raise QmpdError("force-share=on can only be used with read-only images")
+    if spec.detect_zeroes == "unmap" and spec.discard != "unmap":
+        raise QmpdError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
+
+
+def driver_options(spec: NodeSpec) -> dict[str, Any]:
+    """What a driver is opened with: its own options, and the common ones that concern it, by QMP name."""
+    return dict(spec.options) | {
+        "auto-read-only": bool(spec.auto_read_only),
+        "cache.direct": bool(spec.cache_direct),
+        "cache.no-flush": bool(spec.cache_no_flush),
+        "discard": spec.discard,
+        "detect-zeroes": spec.detect_zeroes,
+        "force-share": bool(spec.force_share),
+    }
+
+
+# -- header strings ----------------------------------------------------------------------------------------------------
+
+
+def backing_spec(node: Node, reference: BackingReference) -> NodeSpec:
+    """The description of what the header of ``node`` names. Raises where the header is not followed."""
+    name = reference.filename
+    if name.startswith("json:") or filename.has_protocol(name):
+        raise QmpdError(f"'{name}', named by the image header, is not a plain path; give 'backing' explicitly")
+    if reference.format is None:
+        raise QmpdError(
+            f"The image header names no format for '{name}', and formats are not guessed; give 'backing' explicitly"
+        )
+    path = filename.resolve_backing(node, reference)
+    file = NodeSpec("file", options={"filename": path})
+    if reference.format in ("qcow2", "raw"):
+        return NodeSpec(reference.format, children={"file": file})
+    raise QmpdError(f"Format '{reference.format}' of '{name}', named by the image header, is not supported")
+
+
+def _file_of(spec: NodeSpec) -> NodeSpec:
+    file = spec.children["file"]
+    assert isinstance(file, NodeSpec)
+    return file
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """(device, inode) of a file. Worker thread."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise from_oserror(error, f"Could not open '{path}': {os.strerror(error.errno or 0)}", path=path) from None
+    return found.st_dev, found.st_ino
+
+
+def _identities(node: Node) -> frozenset[tuple[int, int]]:
+    """The files that a node's own data are in (backing not counted). Worker thread."""
+    found: set[tuple[int, int]] = set()
+    for below in [edge.node for edge in node.children.values() if not edge.role & Role.COW]:
+        found |= _identities(below)
+    fd = getattr(node.driver, "fd", None)
+    if isinstance(fd, int) and fd >= 0:
+        status = os.fstat(fd)
+        found.add((status.st_dev, status.st_ino))
+    return frozenset(found)
