@@ -13,9 +13,9 @@ Any number of tasks may use one client at once. One background task, owned by th
 socket; replies find their callers by id. Errors::
 
     ClientError
-    +-- ConnectFailed     no connection, or no QMP behind it
-    +-- ConnectionLost    the daemon hung up (also: was told to quit)
-    +-- CommandFailed     the daemon answered with an error: error_class, desc
+    +-- ConnectError          no connection, or no QMP behind it
+    +-- ConnectionLostError   the daemon hung up (also: was told to quit)
+    +-- CommandError          the daemon answered with an error: error_class, desc
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import math
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Final, Self
 
 import trio
@@ -42,15 +41,15 @@ class ClientError(Exception):
     """Root of everything this library raises; ``str(error)`` is meant for people."""
 
 
-class ConnectFailed(ClientError):
+class ConnectError(ClientError):
     """There is no usable daemon at the address."""
 
 
-class ConnectionLost(ClientError):
+class ConnectionLostError(ClientError):
     """The connection ended before the answer came."""
 
 
-class CommandFailed(ClientError):
+class CommandError(ClientError):
     """An error reply. ``desc`` is the daemon's text, ``error_class`` one of QMP's few classes."""
 
     def __init__(self, error_class: str, desc: str) -> None:
@@ -89,11 +88,11 @@ class Events:
         return self._receive.__aiter__()
 
     async def next(self) -> Event:
-        """The next event. Raises ConnectionLost when there will be no more."""
+        """The next event. Raises ConnectionLostError when there will be no more."""
         try:
             return await self._receive.receive()
         except trio.EndOfChannel:
-            raise ConnectionLost("the daemon closed the connection") from None
+            raise ConnectionLostError("the daemon closed the connection") from None
 
     def next_nowait(self) -> Event | None:
         """The next event if it has arrived already."""
@@ -137,7 +136,7 @@ class Client:
     async def execute(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """Run a command and return its result.
 
-        Raises CommandFailed with the daemon's own text, or ConnectionLost. Cancelling the wait does not cancel the
+        Raises CommandError with the daemon's own text, or ConnectionLostError. Cancelling the wait does not cancel the
         command.
         """
         self._last_id += 1
@@ -152,9 +151,9 @@ class Client:
         finally:
             del self._pending[number]
         if waiting.reply is None:
-            raise ConnectionLost(self._lost or "the daemon closed the connection")
+            raise ConnectionLostError(self._lost or "the daemon closed the connection")
         if (error := waiting.reply.get("error")) is not None:
-            raise CommandFailed(error["class"], error["desc"])
+            raise CommandError(error["class"], error["desc"])
         return waiting.reply["return"]
 
     @contextmanager
@@ -173,12 +172,12 @@ class Client:
 
     async def _transmit(self, data: bytes) -> None:
         if self._lost is not None:
-            raise ConnectionLost(self._lost)
+            raise ConnectionLostError(self._lost)
         async with self._sending:
             try:
                 await self._stream.send_all(data)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
-                raise ConnectionLost(self._lost or "the daemon closed the connection") from None
+                raise ConnectionLostError(self._lost or "the daemon closed the connection") from None
 
     async def _read(self) -> None:
         """The background task. Ends quietly; what it met is told to those who wait."""
@@ -189,14 +188,14 @@ class Client:
                     self._dispatch(message)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
-        except _NotQmp as error:
+        except _NotQmpError as error:
             reason = str(error)
         finally:
             self._hang_up(reason)
 
     def _dispatch(self, message: Any) -> None:
         if isinstance(message, DialectError) or not isinstance(message, dict):
-            raise _NotQmp("what answers on the socket does not speak QMP")
+            raise _NotQmpError("what answers on the socket does not speak QMP")
         if "event" in message:
             event = Event.of(message)
             for subscription in self._subscriptions:
@@ -220,13 +219,16 @@ class Client:
         with trio.move_on_after(PATIENCE) as patience:
             await self._greeted.wait()
             if not self.greeting:
-                raise ConnectFailed(self._lost or "the daemon closed the connection")
-            await self.execute("qmp_capabilities")
+                raise ConnectError(self._lost or "the daemon closed the connection")
+            try:
+                await self.execute("qmp_capabilities")
+            except ClientError as error:
+                raise ConnectError(f"the negotiation failed: {error}") from error
         if patience.cancelled_caught:
-            raise ConnectFailed("no greeting: the daemon hangs, or it serves one client at a time and has one already")
+            raise ConnectError("no greeting: the daemon hangs, or it serves one client at a time and has one already")
 
 
-class _NotQmp(Exception):
+class _NotQmpError(Exception):
     """Bytes that no QMP server sends."""
 
 
@@ -234,13 +236,13 @@ class _NotQmp(Exception):
 async def connect(path: str) -> AsyncIterator[Client]:
     """Connect to the UNIX socket at ``path`` and negotiate.
 
-    Raises ConnectFailed. An exception of the block comes out as it is, not wrapped in a group.
+    Raises ConnectError. An exception of the block comes out as it is, not wrapped in a group.
     """
     try:
         stream = await trio.open_unix_socket(path)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConnectFailed(f"cannot connect to {path}: {reason}") from None
+        raise ConnectError(f"cannot connect to {path}: {reason}") from None
     client = Client(stream)
     async with stream:
         with _ungrouped():
@@ -251,16 +253,13 @@ async def connect(path: str) -> AsyncIterator[Client]:
                 nursery.cancel_scope.cancel()
 
 
-class _ungrouped:  # noqa: N801  used like a function
+@contextmanager
+def _ungrouped() -> Iterator[None]:
     """Undo the wrapping of a lone exception by the nursery, which is a detail of this module."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        lone = error
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        lone: BaseException = group
         while isinstance(lone, BaseExceptionGroup) and len(lone.exceptions) == 1:
             lone = lone.exceptions[0]
-        if lone is not None and lone is not error:
-            raise lone
+        raise lone from lone.__cause__

@@ -1,0 +1,132 @@
+"""The command line of qmpctl as argparse knows it. Data, no behaviour."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from qmpd import __version__
+from qmpd.ctl import commands, text
+from qmpd.ctl.commit import run_commit
+from qmpd.ctl.watch import run_watch
+
+_EPILOG = """\
+exit status: 0 done, 1 the daemon refused or the job failed, 2 wrong usage, 3 no connection, 4 the job was cancelled,
+130 interrupted (a job that was being watched goes on)"""
+
+_VERB_HELP = {
+    "pause": "hold a job",
+    "resume": "let a paused job go on, or one that stopped at an error try again",
+    "cancel": "end a job without its effect on the chain",
+    "complete": "let a ready job take effect",
+    "finalize": "let a pending job change the chain",
+    "dismiss": "forget a concluded job",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    root = argparse.ArgumentParser(
+        prog="qmpctl",
+        description="Look at and work with the images of a running qmpd (or qemu-storage-daemon).",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    root.add_argument("--version", action="version", version=f"qmpctl {__version__}")
+    root.add_argument(
+        "-s",
+        "--socket",
+        metavar="PATH",
+        default=os.environ.get("QMPD_SOCKET"),
+        help="the daemon's monitor socket; default: the environment variable QMPD_SOCKET",
+    )
+    table = root.add_subparsers(title="subcommands", metavar="COMMAND", required=True)
+    _queries(table)
+    _commit(table)
+    _jobs(table)
+    _raw(table)
+    return root
+
+
+def size_argument(value: str) -> int:
+    """An argument with an optional size suffix, in bytes."""
+    try:
+        return text.parse_size(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+Table = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def _queries(table: Table) -> None:
+    chain = table.add_parser("chain", help="the chains of images, bases first")
+    chain.set_defaults(run=commands.run_chain)
+    _json(chain)
+    jobs = table.add_parser("jobs", help="the jobs")
+    jobs.set_defaults(run=commands.run_jobs)
+    _json(jobs)
+    events = table.add_parser("events", help="print events as they come, until Ctrl-C")
+    events.set_defaults(run=commands.run_events)
+    events.add_argument("names", metavar="NAME", nargs="*", help="only events with these names")
+    events.add_argument("-n", "--count", type=int, metavar="N", help="stop after N events")
+    _json(events)
+
+
+def _commit(table: Table) -> None:
+    commit = table.add_parser(
+        "commit",
+        help="merge images into the one below them and watch it",
+        description="Commit the images from --top down to, and excluding, --base into --base. Sizes take K, M, G, T.",
+    )
+    commit.set_defaults(run=run_commit)
+    option = commit.add_argument
+    option("device", metavar="DEVICE", help="node name of the chain's active image")
+    option("--top", metavar="NODE", help="topmost image to merge; default: DEVICE itself (an active commit)")
+    option("--base", metavar="NODE", help="image to merge into; default: the deepest of the chain")
+    option("--job-id", metavar="ID", help="default: commit-DEVICE")
+    option("--speed", type=size_argument, metavar="RATE", help="limit in bytes a second, e.g. 50M")
+    option("--on-error", choices=["report", "ignore", "enospc", "stop", "auto"], help="default: report")
+    option("--backing-file", metavar="NAME", help="what to write into the overlay's header instead of base's name")
+    option("--backing-mask-protocol", action="store_true", help="write the format 'raw' for a bare protocol node")
+    option("--filter-node-name", metavar="NODE", help="name of the filter node while the job runs")
+    option("--manual-finalize", action="store_true", help="wait for 'qmpctl finalize' before the chain changes")
+    option("--keep-ready", action="store_true", help="leave an active commit in sync instead of completing it")
+    option("--detach", action="store_true", help="start it and return")
+    _json(commit)
+    _quiet(commit)
+
+
+def _jobs(table: Table) -> None:
+    watch = table.add_parser("watch", help="follow a job to its end")
+    watch.set_defaults(run=run_watch)
+    watch.add_argument("job", metavar="JOB", nargs="?", help="default: the only one there is")
+    _json(watch)
+    _quiet(watch)
+    speed = table.add_parser("speed", help="change a job's speed limit")
+    speed.set_defaults(run=commands.run_speed)
+    speed.add_argument("job", metavar="JOB")
+    speed.add_argument("rate", metavar="RATE", type=size_argument, help="bytes a second, e.g. 50M; 0: no limit")
+    for verb in commands.VERBS:
+        verb_parser = table.add_parser(verb, help=_VERB_HELP[verb])
+        verb_parser.set_defaults(run=commands.run_verb, verb=verb)
+        verb_parser.add_argument("job", metavar="JOB")
+        if verb == "cancel":
+            verb_parser.add_argument("--soft", action="store_true", help="let a ready job end in sync, without a pivot")
+
+
+def _raw(table: Table) -> None:
+    raw = table.add_parser("raw", help="send any QMP command and print its result as JSON")
+    raw.set_defaults(run=commands.run_raw)
+    raw.add_argument("command_name", metavar="NAME", help="e.g. query-version")
+    raw.add_argument(
+        "arguments", metavar="ARGUMENTS", nargs="?", default="", help="a JSON object; - reads it from stdin"
+    )
+
+
+def _json(subcommand: argparse.ArgumentParser) -> None:
+    subcommand.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def _quiet(subcommand: argparse.ArgumentParser) -> None:
+    subcommand.add_argument("-q", "--quiet", action="store_true", help="no progress, only the end")
