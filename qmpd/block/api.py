@@ -14,6 +14,8 @@ happens (:func:`qmpd.errors.from_oserror`), with errno kept.
 Units: every offset and length is in bytes.
 """
 
+# ruff: noqa: B027  hooks that most drivers leave empty
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -100,8 +102,8 @@ class BlockDevice(Protocol):
     def map(self, offset: int, length: int) -> Runs:
         """Where the bytes of THIS layer are (backing not consulted).
 
-        The runs are sorted, disjoint and cover ``[offset, offset + n)`` without gaps for some ``0 < n <= length``; a driver
-        may stop early to bound its work, and the caller asks again. Host offsets count in the data child; ask
+        The runs are sorted, disjoint and cover ``[offset, offset + n)`` without gaps for some ``0 < n <= length``; a
+        driver may stop early to bound its work, and the caller asks again. Host offsets count in the data child; ask
         ``child.direct`` to come down to a file.
         """
 
@@ -114,14 +116,14 @@ class BlockDevice(Protocol):
     def place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
         """Make a range of whole placement units this device's own, and say where it is.
 
-        Yields DATA runs with host offsets in the data child (use ``data_child.direct``); the caller fills them all. On normal
-        exit the mapping is published (reads see the new bytes); on an exception nothing changed for readers and new
-        space is given back. The end of the device may cut the last unit short.
+        Yields DATA runs with host offsets in the data child (use ``data_child.direct``); the caller fills them all. On
+        normal exit the mapping is published (reads see the new bytes); on an exception nothing changed for readers and
+        new space is given back. The end of the device may cut the last unit short.
         """
 
     @property
     def data_child(self) -> BlockDevice | None:
-        """The child that host offsets of :meth:`map` and :meth:`place` count in; None for protocol drivers (themselves)."""
+        """What host offsets of :meth:`map` and :meth:`place` count in; None for protocol drivers (themselves)."""
 
     def truncate(self, length: int) -> None:
         """Change the length; new bytes read as zeros (never as old or backing data)."""
@@ -177,6 +179,11 @@ class Driver(ABC):
     def data_child(self) -> BlockDevice | None:
         return None
 
+    @property
+    def growable(self) -> bool:
+        """Do bytes past the end read as zeros, and does a write there (with RESIZE permission) make it longer?"""
+        return False
+
     @abstractmethod
     def readinto(self, offset: int, buffer: memoryview) -> None: ...
 
@@ -226,7 +233,8 @@ class Driver(ABC):
         raise QmpdError(f"The {self.format_name} driver has no '{name}' child")
 
     def permissions_check(self, perm: Perm, shared: Perm) -> None:
-        """May the node hold these cumulative permissions? Acquire what is needed, keep the old state until commit/abort.
+        """May the node hold these cumulative permissions? Acquire what is needed, keep the old state until
+        commit/abort.
 
         Raises QmpdError (e.g. 'Failed to get "write" lock') with nothing changed.
         """

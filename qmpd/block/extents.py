@@ -1,7 +1,7 @@
 """Runs of bytes: where the content of a range lives.
 
-:class:`Runs` is a small table of numpy columns, because a disk can hold hundreds of thousands of runs and Python objects
-for each would cost more than copying them.
+:class:`Runs` is a small table of numpy columns, because a disk can hold hundreds of thousands of runs and Python
+objects for each would cost more than copying them.
 """
 
 from __future__ import annotations

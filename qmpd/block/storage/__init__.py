@@ -1,1 +1,1 @@
-"""TODO-docstring"""
+"""Where bytes come to rest: image files, host devices, and nowhere. Each is a protocol driver (no children)."""

@@ -1,0 +1,104 @@
+"""The system calls behind image files: complete transfers, and the Linux calls that Python has no name for.
+
+Every function takes a descriptor and byte units, raises OSError, may be called from any worker thread, and holds no
+state. The interpreter lock is released inside each call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from typing import Final
+
+from qmpd.block.api import Buffer
+from qmpd.units import MIB
+
+KEEP_SIZE: Final = 1
+PUNCH_HOLE: Final = 2
+ZERO_RANGE: Final = 16
+
+_WRITEBACK_START: Final = 2
+_FICLONERANGE: Final = 0x4020940D
+
+#: A transfer larger than this is cut by the kernel (MAX_RW_COUNT, rounded down to a friendlier number).
+MAX_TRANSFER: Final = 1 << 30
+
+#: The file system or device cannot do this at all, as opposed to "not now".
+UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.ENODEV})
+
+_ZEROES: Final = bytes(MIB)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_off = ctypes.c_int64
+_fallocate = _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, _off, _off)
+_sync_file_range = _libc.sync_file_range
+_sync_file_range.argtypes = (ctypes.c_int, _off, _off, ctypes.c_uint)
+
+
+def read_at(fd: int, offset: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` (bytes) from ``offset``; what lies past the end of the file is zeros."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done : done + MAX_TRANSFER]], offset + done)
+        if count == 0:
+            zero_fill(buffer[done:])
+            return
+        done += count
+
+
+def write_at(fd: int, offset: int, data: Buffer) -> None:
+    """Write all of ``data``."""
+    count = os.pwrite(fd, data, offset)
+    if count == len(data):
+        return
+    rest = memoryview(data)
+    while True:
+        if count == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rest, offset = rest[count:], offset + count
+        if not rest:
+            return
+        count = os.pwrite(fd, rest, offset)
+
+
+def write_zeroes_at(fd: int, offset: int, length: int) -> None:
+    """Write ``length`` zero bytes as plain data."""
+    while length > 0:
+        count = min(length, len(_ZEROES))
+        write_at(fd, offset, _ZEROES if count == len(_ZEROES) else memoryview(_ZEROES)[:count])
+        offset, length = offset + count, length - count
+
+
+def zero_fill(buffer: memoryview) -> None:
+    """Set a byte buffer to zeros."""
+    done = 0
+    while done < len(buffer):
+        count = min(len(buffer) - done, len(_ZEROES))
+        buffer[done : done + count] = memoryview(_ZEROES)[:count]
+        done += count
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2); ``mode`` is made of KEEP_SIZE, PUNCH_HOLE and ZERO_RANGE."""
+    while _fallocate(fd, mode, offset, length) != 0:
+        _raise_unless_interrupted()
+
+
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Ask the kernel to begin writing dirty pages of the range; makes nothing durable. Failures are of no interest."""
+    _sync_file_range(fd, offset, length, _WRITEBACK_START)
+
+
+def clone_range(source: int, source_offset: int, length: int, target: int, target_offset: int) -> None:
+    """Share the blocks of a range (reflink)."""
+    fcntl.ioctl(target, _FICLONERANGE, struct.pack("=qQQQ", source, source_offset, length, target_offset))
+
+
+def _raise_unless_interrupted() -> None:
+    number = ctypes.get_errno()
+    if number != errno.EINTR:
+        raise OSError(number, os.strerror(number))
