@@ -158,13 +158,16 @@ def layers(top: Node, base: Node | None) -> list[BlockDevice]:
     """What workers need to see the content of ``top`` above ``base``: a device a layer, from top to bottom.
 
     A snapshot: the list stays valid while the stretch is frozen. A layer with filters over it is represented by its
-    uppermost filter, so that its reads are throttled or made to fail as they are for everybody else.
+    uppermost filter, so that its reads are throttled or made to fail as they are for everybody else. Job filters, which
+    are empty layers of their own, are left out.
     """
     found: list[BlockDevice] = []
     fresh = True
     for node in walk(top):
         if node is base:
             break
+        if node.is_filter and "backing" in node.children:
+            continue
         if fresh:
             found.append(node.opened)
         fresh = not node.is_filter

@@ -80,7 +80,7 @@ class JobParent:
 class Edge:
     """One parent's hold on one node. Identity matters: an edge keeps being itself when its node is replaced."""
 
-    __slots__ = ("_device", "blocker", "frozen", "name", "node", "parent", "perm", "role", "shared")
+    __slots__ = ("_device", "blocker", "frozen", "name", "node", "parent", "perm", "role", "serial", "shared")
 
     def __init__(self, parent: Parent, name: str, node: Node, role: Role, perm: Perm, shared: Perm) -> None:
         self.parent = parent
@@ -89,6 +89,7 @@ class Edge:
         self.role = role
         self.perm = perm
         self.shared = shared
+        self.serial = next(_serial)
         #: A job relies on the link: it may not be changed.
         self.frozen = False
         #: What this link, if a backing link, refuses on its node.
@@ -126,7 +127,7 @@ class Edge:
     @property
     def parent_name(self) -> str:
         """The parent's node name, or what it is called in a graph dump."""
-        return self.parent.name if isinstance(self.parent, Node) else self.parent.graph_name
+        return self.parent.graph_name
 
     def __repr__(self) -> str:
         return f"<Edge {self.parent_name} -{self.name}-> {self.node.name} {self.perm!r}/{self.shared!r}>"
@@ -178,7 +179,14 @@ class Node:
     #: Oldest first.
     blockers: list[OpBlocker] = field(default_factory=list)
 
+    type_name: ClassVar[str] = "block-driver"
+
     # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def graph_name(self) -> str:
+        """Its name in x-debug-query-block-graph."""
+        return self.name
 
     @property
     def label(self) -> str:

@@ -64,14 +64,19 @@ def _inside(real: str, directories: Iterable[str]) -> bool:
     return any(os.path.commonpath([real, directory]) == directory for directory in directories)
 
 
-def open_tree(graph: Graph, spec: NodeSpec, *, policy: HeaderPolicy | None = None) -> Steps[Node]:
-    """Open ``spec`` with all its children; the result has no parents and is not owned by the monitor yet.
+def open_tree(
+    graph: Graph, spec: NodeSpec, *, monitor_owned: bool = False, policy: HeaderPolicy | None = None
+) -> Steps[Node]:
+    """Open ``spec`` with all its children.
 
-    Whoever gets it must give it an owner in the next edit, or close it. Raises QmpdError.
+    The result has no parents yet. Unless ``monitor_owned``, whoever gets it attaches it in the next edit or closes it.
+    Raises QmpdError.
     """
     opener = _Opener(graph, policy or HeaderPolicy())
     try:
-        return (yield from opener.open(spec, _Place()))
+        node = yield from opener.open(spec, _Place())
+        node.monitor_owned = monitor_owned
+        return node
     except Exception:
         yield from close_nodes(graph, opener.made)
         raise
