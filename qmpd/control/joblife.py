@@ -172,7 +172,7 @@ class Life:
         if failure.action is Action.STOP and not self.cell.cancelled:
             self.job.user_paused = True
             if self.job.io_status is IoStatus.OK:
-                no_space = failure.error.kind is Kind.NO_SPACE
+                no_space = failure.error.errno == errno.ENOSPC
                 self.job.io_status = IoStatus.NOSPACE if no_space else IoStatus.FAILED
             self.cell.pause()
         if failure.action is not Action.REPORT:

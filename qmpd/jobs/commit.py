@@ -1,0 +1,300 @@
+"""Intermediate commit: what top and the images below it hold above base goes into base, then they leave the chain.
+
+The guest's view is the same at every instant. Wherever a chunk has been copied, the intermediates still shadow base;
+the overlays' headers are rewritten only after base is durable; and only then the links change. A job that ends
+otherwise leaves the old chain, with some of the data in base already.
+
+Source: spec/jobs-and-commit.md sections 4 and 5. The control thread runs all but :meth:`CommitJob.run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from functools import partial
+from typing import ClassVar, Final, Literal
+
+from qmpd.block.api import BackingReference, BlockDevice, Driver, Perm, Role
+from qmpd.block.copy import CopyEngine, CopyError
+from qmpd.block.extents import chain_runs
+from qmpd.block.filters.commit_top import CommitTop
+from qmpd.errors import QmpdError
+from qmpd.graph import chain
+from qmpd.graph.edit import Edit, Graph
+from qmpd.graph.node import Backend, Edge, JobParent, Node
+from qmpd.graph.open import close_unreferenced
+from qmpd.graph.permissions import child_role
+from qmpd.graph.spec import NodeSpec
+from qmpd.jobs import header
+from qmpd.jobs.cell import Cell, Rest
+from qmpd.jobs.job import Action, Body, Failure, Job, check_speed, error_action
+from qmpd.jobs.pieces import Pieces
+from qmpd.jobs.plan import CommitPlan
+from qmpd.jobs.surgery import back_to_read_only, quietly
+from qmpd.steps import Steps
+from qmpd.units import GIB
+
+_WRITES: Final = Perm.WRITE | Perm.WRITE_UNCHANGED
+_BUSY: Final = "block device is in use by block job: commit"
+
+WINDOW: Final = 16 * GIB
+"""Bytes of the device that are mapped at once: a quarter of a million runs at most, with clusters of 64 KiB."""
+ZERO_STEP: Final = GIB
+"""Bytes of one zero request; between two of them the job can be paused or cancelled."""
+
+
+class CommitJob(Job):
+    """One block-commit whose top is not the active layer."""
+
+    job_type: ClassVar[str] = "commit"
+
+    def __init__(self, graph: Graph, plan: CommitPlan) -> None:
+        request = plan.request
+        super().__init__(request.job_id, auto_finalize=request.auto_finalize, auto_dismiss=request.auto_dismiss)
+        self._graph = graph
+        self._plan = plan
+        self._request = request
+        self._new_backing = header.NewBacking(plan.base, request.backing_file, request.backing_mask_protocol)
+        self._parent = JobParent(self.job_type, self.id)
+        self._edges: list[Edge] = []
+        self._frozen: list[Edge] = []
+        self._blocked: list[Node] = []
+        self._base_was_read_only = plan.base.read_only
+        self._target = Backend()
+        self._source = Backend()
+        self._filter: Node | None = None
+        self._layers: list[BlockDevice] = []
+        #: Headers that will be rewritten, as known at the start, and what they will say.
+        self._headers: list[tuple[Driver, BackingReference | None]] = []
+        self._length = plan.top.length
+        #: Of the file itself, which need not be whole sectors.
+        self._base_length = plan.base.opened.length
+        #: Bytes of base beyond top's end, up to here, must read as zeros (section 5).
+        self._blank_end = 0
+        #: Requests that fail are found in the peer's steps where nodes are there to make them fail.
+        self._stepwise = any(node.is_filter for node in plan.top.subtree())
+        self._retrying = False
+
+    # -- start: section 4.1 --------------------------------------------------------------------------------------------
+
+    def start(self, cell: Cell) -> Steps[None]:
+        """Put the filter above top, take the permissions, freeze the chain; or leave no trace."""
+        check_speed(self._request.speed)
+        cell.set_speed(self._request.speed)
+        cell.set_total(self._length)
+        yield from quietly([self._plan.top], self._enter_graph)
+        overlays = self._overlays()
+        self._headers = [(node.opened, self._new_backing.reference(node)) for node in overlays]
+        self._blank_end = self._visible_end(overlays)
+        self._layers = chain.layers(self._plan.top, self._plan.base)
+
+    def _enter_graph(self) -> None:
+        plan = self._plan
+        with self._graph.edit() as edit:
+            edit.set_read_only(plan.base, False)
+            self._filter = self._insert_filter(edit)
+            self._attach_job(edit)
+            self._attach_users(edit)
+            # The links above the filter too: whoever cut them would cut the chain from under a running commit.
+            above = chain.overlays(self._filter)
+            self._frozen = chain.freeze(edit, self._filter, plan.base) + above
+            for edge in above:
+                edit.freeze(edge)
+
+    def _insert_filter(self, edit: Edit) -> Node:
+        top, name = self._plan.top, self._request.filter_node_name
+        spec = NodeSpec(CommitTop.format_name, read_only=True).effective(None)
+        node = Node(
+            name if name is not None else self._graph.generate_name(),
+            CommitTop.format_name,
+            spec,
+            read_only=True,
+            implicit=name is None,
+            never_freeze=True,
+        )
+        edit.add_node(node)
+        role = child_role(CommitTop.format_name, "backing", {})
+        below = edit.attach(node, "backing", top, role)
+        node.driver = CommitTop.open({"backing": below.device})
+        edit.move_parents(top, node)
+        return node
+
+    def _attach_job(self, edit: Edit) -> None:
+        """The job as a parent: this is what refuses other jobs, and readers of nodes whose content goes stale."""
+        plan = self._plan
+        nodes = [("main node", plan.device, Perm.ALL)]
+        for node in plan.intermediates:
+            shows_base = chain.skip_filters(node) is chain.skip_filters(plan.base)
+            shared = _WRITES | Perm.CONSISTENT_READ if shows_base else _WRITES
+            nodes.append(("intermediate node", node, shared))
+        nodes.append(("base", plan.base, Perm.ALL))
+        for name, node, shared in nodes:
+            self._edges.append(edit.attach(self._parent, name, node, Role.NONE, shared=shared))
+            edit.block_ops(node, _BUSY)
+            self._blocked.append(node)
+
+    def _attach_users(self, edit: Edit) -> None:
+        """The job's own I/O. Base first: it is the older of the two."""
+        perm = Perm.CONSISTENT_READ | Perm.WRITE
+        if self._base_length < self._length:
+            perm |= Perm.RESIZE
+        shared = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+        self._edges.append(edit.attach(self._target, "root", self._plan.base, Role.NONE, perm=perm, shared=shared))
+        self._edges.append(edit.attach(self._source, "root", self._plan.top, Role.NONE))
+
+    # -- run: section 5, worker thread ---------------------------------------------------------------------------------
+
+    def run(self, cell: Cell) -> Body:
+        """Copy. The opening stretch finds out what makes the job fail before it has begun."""
+        try:
+            self._check_headers()
+            self._grow()
+            if self._length or self._blank_end:
+                yield Rest()
+                yield from self._copy(cell)
+                yield from self._blank(cell)
+                yield from self._harden()
+        except QmpdError as error:
+            raise as_errno(error) from error
+
+    def _check_headers(self) -> None:
+        for driver, reference in self._headers:
+            driver.check_backing_reference(reference)
+
+    def _grow(self) -> None:
+        if self._base_length < self._length:
+            self._device.truncate(self._length)
+
+    @property
+    def _device(self) -> BlockDevice:
+        assert self._target.edge is not None
+        return self._target.edge.device
+
+    def _copy(self, cell: Cell) -> Body:
+        engine = CopyEngine(self._layers, self._device)
+        offset = 0
+        while offset < self._length:
+            pieces = yield from self._map(cell, offset)
+            while offset < pieces.end:
+                yield from cell.pace()
+                piece = pieces.step(offset) if self._stepwise or cell.speed else pieces.stretch(offset)
+                try:
+                    if piece.allocated:
+                        engine.copy(pieces.runs, offset, piece.length)
+                except CopyError as error:
+                    yield from self._failed(error.operation, error)
+                    continue
+                cell.advance(piece.length, charged=piece.allocated)
+                offset += piece.length
+                yield from self._succeeded()
+
+    def _map(self, cell: Cell, offset: int) -> Generator[Rest | Failure, None, Pieces]:
+        """What lies above base from ``offset`` on."""
+        while True:
+            try:
+                return Pieces(chain_runs(self._layers, offset, min(WINDOW, self._length - offset)))
+            except QmpdError as error:
+                yield from self._failed("read", error)
+            yield from cell.checkpoint()
+
+    def _blank(self, cell: Cell) -> Body:
+        """Where an overlay is longer than top it has read zeros; base must not show older data there."""
+        offset = self._length
+        while offset < self._blank_end:
+            yield from cell.pace()
+            step = min(ZERO_STEP, self._blank_end - offset)
+            try:
+                self._device.write_zeroes(offset, step)
+            except QmpdError as error:
+                yield from self._failed("write", error)
+                continue
+            offset += step
+            yield from self._succeeded()
+
+    def _harden(self) -> Body:
+        """Make base durable. Not retried: after a failed sync nobody knows what the next one would vouch for."""
+        try:
+            self._device.flush()
+        except QmpdError as error:
+            yield Failure("write", Action.REPORT, error)
+            raise
+
+    def _failed(self, operation: Literal["read", "write"], error: QmpdError) -> Generator[Failure, None, None]:
+        """Have the policy's action carried out; returns if the request is to be tried again."""
+        action = error_action(self._request.on_error, error.errno)
+        yield Failure(operation, action, error)
+        if action is Action.REPORT:
+            raise error
+        self._retrying = True
+
+    def _succeeded(self) -> Generator[Rest, None, None]:
+        if self._retrying:
+            self._retrying = False
+            yield Rest()
+
+    # -- end: section 4.2 ----------------------------------------------------------------------------------------------
+
+    def prepare(self) -> Steps[None]:
+        """Base is durable: let the headers name it, then the links lead to it. A failure undoes both."""
+        try:
+            overlays = self._overlays()
+            self._new_backing.check(overlays)
+            yield from self._blank_more(overlays)
+            done = yield from header.rewrite(self._graph, overlays, self._new_backing)
+            try:
+                yield from quietly([self._the_filter], partial(self._leave_chain, self._plan.base))
+            except Exception:
+                yield from header.restore(self._graph, done)
+                raise
+        except QmpdError as error:
+            raise as_errno(error) from error
+
+    def abort(self) -> Steps[None]:
+        """The old chain as it was."""
+        yield from quietly([self._the_filter], partial(self._leave_chain, self._plan.top))
+
+    def clean(self) -> Steps[None]:
+        """Let go of all nodes; those that only the chain was holding are closed."""
+        with self._graph.edit() as edit:
+            for node in self._blocked:
+                edit.unblock_ops(node, _BUSY)
+            for edge in self._edges:
+                edit.detach(edge)
+        if self._base_was_read_only:
+            yield from back_to_read_only(self._graph, self._plan.base)
+        yield from close_unreferenced(self._graph)
+
+    @property
+    def _the_filter(self) -> Node:
+        assert self._filter is not None
+        return self._filter
+
+    def _overlays(self) -> list[Node]:
+        """All images backed by top, seen through the filter."""
+        parents = (edge.parent for edge in chain.overlays(self._the_filter))
+        return [parent for parent in parents if isinstance(parent, Node)]
+
+    def _visible_end(self, overlays: list[Node]) -> int:
+        """How far an overlay that is longer than top would look into base, 0 if none does."""
+        end = min(self._base_length, max((node.length for node in overlays), default=0))
+        return end if end > self._length else 0
+
+    def _blank_more(self, overlays: list[Node]) -> Steps[None]:
+        """Overlays may have come or grown since the start."""
+        start, end = max(self._length, self._blank_end), self._visible_end(overlays)
+        if end > start:
+            yield partial(self._device.write_zeroes, start, end - start)
+            yield self._device.flush
+
+    def _leave_chain(self, successor: Node) -> None:
+        """Take the filter out; whoever was above it is on ``successor`` now."""
+        assert self._target.edge is not None
+        with self._graph.edit() as edit:
+            chain.unfreeze(edit, self._frozen)
+            edit.set_perm(self._target.edge, Perm.NONE, Perm.ALL)
+            edit.move_parents(self._the_filter, successor)
+            edit.remove_node(self._the_filter)
+
+
+def as_errno(error: QmpdError) -> QmpdError:
+    """``error`` as clients know a failed commit: by the text of its errno alone."""
+    return QmpdError(error.strerror, error.kind, node=error.node, path=error.path, errno=error.errno)

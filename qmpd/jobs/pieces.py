@@ -1,0 +1,81 @@
+"""Cutting a mapped region into the pieces that a job moves between two looks at its cell. Pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from qmpd.block.extents import ChainRuns, RunKind
+from qmpd.units import KIB, MIB, align_down
+
+CHUNK: Final = 512 * KIB
+"""Bytes of one of the peer's steps (spec/jobs-and-commit.md section 5): what a speed limit lets out at once."""
+STRETCH: Final = 64 * MIB
+"""Bytes moved without a look at the cell when there is no speed limit: some tens of milliseconds."""
+ZERO_SHARE: Final = 16
+"""So many bytes of zeros count like one of data, for zeros are written by metadata."""
+BOUNDARY: Final = 2 * MIB
+"""Pieces end at multiples of this, the largest cluster size, so that no cluster is written by halves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """``length`` bytes of the device, ``allocated`` of them above base."""
+
+    length: int
+    allocated: int
+
+
+class Pieces:
+    """The pieces of one mapped region ``[start, end)``."""
+
+    def __init__(self, runs: ChainRuns) -> None:
+        self.runs = runs
+        self.start = runs.start
+        self.end = runs.end
+        kind = runs.kind
+        self._is_allocated = kind != RunKind.UNALLOCATED
+        #: Effort and allocated bytes that lie before each run, and per byte of it.
+        self._rate = np.where(kind == RunKind.ZERO, 1, np.where(self._is_allocated, ZERO_SHARE, 0)).astype(np.int64)
+        self._effort = _before(runs.length * self._rate)
+        self._allocated = _before(np.where(self._is_allocated, runs.length, 0))
+        #: Where "allocated above base?" changes its answer.
+        changes = np.flatnonzero(np.diff(self._is_allocated)) + 1
+        self._turns = np.append(runs.offset[changes], self.end)
+
+    def step(self, offset: int) -> Piece:
+        """The peer's step: of one answer throughout; at most a chunk if allocated, all there is if not."""
+        length = int(self._turns[np.searchsorted(self._turns, offset, "right")]) - offset
+        if not self._is_allocated[self._index(offset)]:
+            return Piece(length, 0)
+        length = min(length, CHUNK)
+        return Piece(length, length)
+
+    def stretch(self, offset: int) -> Piece:
+        """As much as is moved in one go."""
+        index = self._index(offset)
+        budget = self._effort[index] + (offset - self.runs.offset[index]) * self._rate[index] + STRETCH * ZERO_SHARE
+        last = int(np.searchsorted(self._effort, budget, "left")) - 1
+        room = int(self.runs.length[last])
+        if self._rate[last]:  # else it takes no effort at all
+            room = min(room, int((budget - self._effort[last]) // self._rate[last]))
+        end = int(self.runs.offset[last]) + room
+        if end < self.end:
+            end = max(align_down(end, BOUNDARY), min(end, offset + BOUNDARY))
+        return Piece(end - offset, self._allocated_until(end) - self._allocated_until(offset))
+
+    def _index(self, offset: int) -> int:
+        return int(np.searchsorted(self.runs.offset, offset, "right")) - 1
+
+    def _allocated_until(self, offset: int) -> int:
+        index = self._index(offset)
+        into = offset - int(self.runs.offset[index])
+        return int(self._allocated[index]) + (into if self._is_allocated[index] else 0)
+
+
+def _before(amounts: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Running total, exclusive."""
+    total = np.cumsum(amounts, dtype=np.int64)
+    return total - amounts

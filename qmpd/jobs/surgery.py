@@ -1,0 +1,42 @@
+"""Graph operations that jobs have in common.
+
+Control thread, graph lock held; what blocks is handed to a worker (``Steps``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from qmpd.errors import QmpdError
+from qmpd.graph import chain
+from qmpd.graph.edit import Graph
+from qmpd.graph.node import Backend, Node
+from qmpd.steps import Steps
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+def quietly(nodes: Iterable[Node], change: Callable[[], T]) -> Steps[T]:
+    """Run ``change`` while no request from above is inside ``nodes``: afterwards nobody holds on to an old link."""
+    held: list[Backend] = []
+    try:
+        for backend in chain.backends_above(nodes):
+            held.append(backend)
+            yield backend.quiesce
+        return change()
+    finally:
+        for backend in held:
+            backend.resume()
+
+
+def back_to_read_only(graph: Graph, node: Node) -> Steps[None]:
+    """End a job's permission to write to ``node``. A failure leaves it writable, which harms nobody: it is logged."""
+    try:
+        yield node.opened.flush
+        with graph.edit() as edit:
+            edit.set_read_only(node, True)
+    except QmpdError as error:
+        _log.error("node %s: while reopening read-only: %s", node.name, error)
