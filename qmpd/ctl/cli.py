@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 
 from qmpd import __version__
 from qmpd.ctl import commands, text
@@ -41,10 +42,10 @@ def parser() -> argparse.ArgumentParser:
         help="the daemon's monitor socket; default: the environment variable QMPD_SOCKET",
     )
     table = root.add_subparsers(title="subcommands", metavar="COMMAND", required=True)
-    _queries(table)
-    _commit(table)
-    _jobs(table)
-    _raw(table)
+    _queries(table.add_parser)
+    _commit(table.add_parser)
+    _jobs(table.add_parser)
+    _raw(table.add_parser)
     return root
 
 
@@ -56,25 +57,26 @@ def size_argument(value: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-Table = argparse._SubParsersAction[argparse.ArgumentParser]
+#: Adds a subcommand: argparse's ``add_parser``.
+Add = Callable[..., argparse.ArgumentParser]
 
 
-def _queries(table: Table) -> None:
-    chain = table.add_parser("chain", help="the chains of images, bases first")
+def _queries(add: Add) -> None:
+    chain = add("chain", help="the chains of images, bases first")
     chain.set_defaults(run=commands.run_chain)
     _json(chain)
-    jobs = table.add_parser("jobs", help="the jobs")
+    jobs = add("jobs", help="the jobs")
     jobs.set_defaults(run=commands.run_jobs)
     _json(jobs)
-    events = table.add_parser("events", help="print events as they come, until Ctrl-C")
+    events = add("events", help="print events as they come, until Ctrl-C")
     events.set_defaults(run=commands.run_events)
     events.add_argument("names", metavar="NAME", nargs="*", help="only events with these names")
     events.add_argument("-n", "--count", type=int, metavar="N", help="stop after N events")
     _json(events)
 
 
-def _commit(table: Table) -> None:
-    commit = table.add_parser(
+def _commit(add: Add) -> None:
+    commit = add(
         "commit",
         help="merge images into the one below them and watch it",
         description="Commit the images from --top down to, and excluding, --base into --base. Sizes take K, M, G, T.",
@@ -97,26 +99,26 @@ def _commit(table: Table) -> None:
     _quiet(commit)
 
 
-def _jobs(table: Table) -> None:
-    watch = table.add_parser("watch", help="follow a job to its end")
+def _jobs(add: Add) -> None:
+    watch = add("watch", help="follow a job to its end")
     watch.set_defaults(run=run_watch)
     watch.add_argument("job", metavar="JOB", nargs="?", help="default: the only one there is")
     _json(watch)
     _quiet(watch)
-    speed = table.add_parser("speed", help="change a job's speed limit")
+    speed = add("speed", help="change a job's speed limit")
     speed.set_defaults(run=commands.run_speed)
     speed.add_argument("job", metavar="JOB")
     speed.add_argument("rate", metavar="RATE", type=size_argument, help="bytes a second, e.g. 50M; 0: no limit")
     for verb in commands.VERBS:
-        verb_parser = table.add_parser(verb, help=_VERB_HELP[verb])
+        verb_parser = add(verb, help=_VERB_HELP[verb])
         verb_parser.set_defaults(run=commands.run_verb, verb=verb)
         verb_parser.add_argument("job", metavar="JOB")
         if verb == "cancel":
             verb_parser.add_argument("--soft", action="store_true", help="let a ready job end in sync, without a pivot")
 
 
-def _raw(table: Table) -> None:
-    raw = table.add_parser("raw", help="send any QMP command and print its result as JSON")
+def _raw(add: Add) -> None:
+    raw = add("raw", help="send any QMP command and print its result as JSON")
     raw.set_defaults(run=commands.run_raw)
     raw.add_argument("command_name", metavar="NAME", help="e.g. query-version")
     raw.add_argument(

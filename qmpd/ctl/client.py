@@ -184,7 +184,7 @@ class Client:
         reason = "the daemon closed the connection"
         try:
             while data := await self._stream.receive_some(_CHUNK):
-                for message in self._framer.feed(data):
+                for message in self._framer.feed(bytes(data)):
                     self._dispatch(message)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass

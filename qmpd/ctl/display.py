@@ -56,7 +56,7 @@ class Plain:
         current = (status, int(meter.fraction / _PLAIN_STEP))
         if current != self._last:
             self._last = current
-            self.note(f"{status}, {meter.fraction:.0%}, {figures(meter)}")
+            self.note(f"{status}, {meter.fraction:.0%}, {figures(meter, status)}")
 
     def note(self, line: str) -> None:
         print(f"{self._job}: {line}", file=self._out, flush=True)
@@ -83,7 +83,7 @@ class Live:
 
     def progress(self, meter: Meter, status: str) -> None:
         shown = "" if status == "running" else status
-        self._progress.update(self._task, completed=meter.fraction, figures=figures(meter), status=shown)
+        self._progress.update(self._task, completed=meter.fraction, figures=figures(meter, status), status=shown)
         self._progress.refresh()
 
     def note(self, line: str) -> None:
@@ -104,10 +104,10 @@ class Live:
             yield
 
 
-def figures(meter: Meter) -> str:
-    """``12 MiB of 64 MiB, 8 MiB/s, 7 s left``; what is not known yet is left out."""
+def figures(meter: Meter, status: str) -> str:
+    """``12 MiB of 64 MiB, 8 MiB/s, 7 s left``; what is not known, or means nothing any more, is left out."""
     parts = [f"{text.size(meter.offset)} of {text.size(meter.total)}"]
-    if meter.rate:
+    if status == "running" and meter.rate:
         parts.append(text.rate(meter.rate))
         if meter.eta:
             parts.append(f"{text.duration(meter.eta)} left")

@@ -99,8 +99,7 @@ class _Follower:
 
     async def _look(self, meter: Meter) -> Mapping[str, Any] | None:
         """Ask how far the job is; None if there is no such job (any more)."""
-        row = next((row for row in await self.client.execute("query-jobs") if row["id"] == self.job), None)
-        if row is None:
+        if (row := await self._row()) is None:
             return None
         self.status = row["status"]
         meter.update(trio.current_time(), row["current-progress"], row["total-progress"])
@@ -108,6 +107,10 @@ class _Follower:
             meter.rest()
         self.display.progress(meter, self.status)
         return row
+
+    async def _row(self) -> Mapping[str, Any] | None:
+        rows: list[Mapping[str, Any]] = await self.client.execute("query-jobs")
+        return next((row for row in rows if row["id"] == self.job), None)
 
     async def _handle(self, event: Event) -> Ending | None:
         """What one event means for the job; not None is the end of the watch."""
@@ -147,9 +150,7 @@ class _Follower:
         """The job has ended: as an event said, or as the query says for job types without such events."""
         if self.told is not None:
             return self.told
-        rows = await self.client.execute("query-jobs")
-        row = next((row for row in rows if row["id"] == self.job), None)
-        if row is None:
+        if (row := await self._row()) is None:
             return Ending(self.job, Outcome.COMPLETED)
         error = row.get("error")
         offset, length = row["current-progress"], row["total-progress"]

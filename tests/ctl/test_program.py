@@ -1,0 +1,242 @@
+"""qmpctl as a program: what it prints, what it sends, and how it exits. Run against a scripted daemon."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from qmpd.ctl.session import Exit
+from tests.ctl.fake import FakeDaemon, fake_daemon, raises
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+async def daemon(tmp_path: Path) -> AsyncIterator[FakeDaemon]:
+    """A fake that is listening."""
+    async with fake_daemon(tmp_path) as fake:
+        yield fake
+
+
+async def qmpctl(daemon: FakeDaemon | None, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Run the program to its end."""
+    where = ["--socket", daemon.path] if daemon else []
+    return await trio.run_process(
+        [sys.executable, "-m", "qmpd.ctl", *where, *arguments],
+        stdin=stdin,
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin"},
+    )
+
+
+def job(**more: Any) -> dict[str, Any]:
+    """A row of query-jobs."""
+    base = {"id": "j0", "type": "commit", "status": "running", "current-progress": 0, "total-progress": 64 * MIB}
+    return {**base, **more}
+
+
+def committing(daemon: FakeDaemon, event: str = "BLOCK_JOB_COMPLETED", **more: Any) -> None:
+    """Make block-commit run a whole job, as quick jobs do, before its reply."""
+
+    async def commit(arguments: dict[str, Any]) -> dict[str, Any]:
+        name = arguments["job-id"]
+        await daemon.status(name, "created", "running")
+        data = {"type": "commit", "device": name, "len": 64 * MIB, "offset": 64 * MIB, "speed": 0, **more}
+        await daemon.emit(event, **data)
+        await daemon.status(name, "concluded", "null")
+        return {}
+
+    daemon.answers["block-commit"] = commit
+    daemon.answers["query-jobs"] = lambda _: []
+
+
+async def test_commit_sends_what_was_asked_and_reports_the_end(daemon: FakeDaemon) -> None:
+    """Options become members of block-commit; what was not said is left to the daemon."""
+    committing(daemon)
+
+    run = await qmpctl(daemon, "commit", "top", "--top", "mid", "--base", "base", "--speed", "8M", "--manual-finalize")
+
+    assert (run.returncode, run.stderr) == (Exit.OK, b"")
+    assert run.stdout.splitlines()[-1] == b"commit-top: completed"
+    sent = dict(daemon.asked)["block-commit"]
+    assert sent == {
+        "job-id": "commit-top",
+        "device": "top",
+        "top-node": "mid",
+        "base-node": "base",
+        "speed": 8 * MIB,
+        "auto-finalize": False,
+    }
+
+
+async def test_a_failed_commit_is_a_failure(daemon: FakeDaemon) -> None:
+    """The job's error is on standard error, the status is not zero."""
+    committing(daemon, error="No space left on device")
+
+    run = await qmpctl(daemon, "commit", "top")
+
+    assert run.returncode == Exit.FAILED
+    assert run.stderr == b"qmpctl: commit-top: No space left on device\n"
+
+
+async def test_a_cancelled_commit_has_a_status_of_its_own(daemon: FakeDaemon) -> None:
+    """Scripts can tell it from a failure; JSON says it in a word."""
+    committing(daemon, "BLOCK_JOB_CANCELLED")
+
+    run = await qmpctl(daemon, "commit", "top", "--json")
+
+    assert run.returncode == Exit.CANCELLED
+    assert json.loads(run.stdout) == {
+        "id": "commit-top",
+        "result": "cancelled",
+        "error": None,
+        "offset": 64 * MIB,
+        "len": 64 * MIB,
+    }
+
+
+async def test_a_refused_commit_prints_the_daemons_words(daemon: FakeDaemon) -> None:
+    """One line, no traceback."""
+    daemon.answers["block-commit"] = raises("Need a root block node")
+
+    run = await qmpctl(daemon, "commit", "mid", "--job-id", "j7")
+
+    assert (run.returncode, run.stdout, run.stderr) == (Exit.FAILED, b"", b"qmpctl: Need a root block node\n")
+
+
+async def test_detach_returns_at_once(daemon: FakeDaemon) -> None:
+    """The job is the daemon's; nothing but its start is waited for."""
+    daemon.answers["block-commit"] = lambda _: {}
+
+    run = await qmpctl(daemon, "commit", "top", "--detach")
+
+    assert (run.returncode, run.stdout) == (Exit.OK, b"commit-top: started\n")
+
+
+async def test_jobs_are_a_table_or_json(daemon: FakeDaemon) -> None:
+    """Both queries are put together; JSON keeps every member."""
+    daemon.answers["query-jobs"] = lambda _: [job(), job(id="c0", type="create", error="File too large")]
+    daemon.answers["query-block-jobs"] = lambda _: [{"device": "j0", "speed": 8 * MIB, "io-status": "ok"}]
+
+    table = await qmpctl(daemon, "jobs")
+    data = await qmpctl(daemon, "jobs", "--json")
+
+    assert table.stdout.decode().splitlines() == [
+        "JOB  TYPE    STATUS   DONE  OF      SPEED LIMIT  ERROR",
+        "j0   commit  running  0 B   64 MiB  8 MiB/s      -",
+        "c0   create  running  0 B   64 MiB  -            File too large",
+    ]
+    assert json.loads(data.stdout)[0]["io-status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "sent"),
+    [
+        (["pause", "j0"], "job-pause", {"id": "j0"}),
+        (["resume", "j0"], "job-resume", {"id": "j0"}),
+        (["cancel", "j0"], "job-cancel", {"id": "j0"}),
+        (["cancel", "j0", "--soft"], "block-job-cancel", {"device": "j0"}),
+        (["complete", "j0"], "job-complete", {"id": "j0"}),
+        (["finalize", "j0"], "job-finalize", {"id": "j0"}),
+        (["dismiss", "j0"], "job-dismiss", {"id": "j0"}),
+        (["speed", "j0", "50M"], "block-job-set-speed", {"device": "j0", "speed": 50 * MIB}),
+    ],
+)
+async def test_each_verb_is_one_command(
+    daemon: FakeDaemon, arguments: list[str], command: str, sent: dict[str, Any]
+) -> None:
+    """Silent success, as tools do."""
+    daemon.answers[command] = lambda _: {}
+
+    run = await qmpctl(daemon, *arguments)
+
+    assert (run.returncode, run.stdout, run.stderr) == (Exit.OK, b"", b"")
+    assert daemon.asked[-1] == (command, sent)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin"), [(["{'id': 'x'}"], b""), (["-"], b'{"id": "x"}\n')], ids=["argument", "stdin"]
+)
+async def test_raw_sends_anything(daemon: FakeDaemon, arguments: list[str], stdin: bytes) -> None:
+    """Arguments in QEMU's dialect of JSON, from the command line or from standard input; the result is JSON."""
+    daemon.answers["x-something"] = lambda given: [given]
+
+    run = await qmpctl(daemon, "raw", "x-something", *arguments, stdin=stdin)
+
+    assert json.loads(run.stdout) == [{"id": "x"}]
+
+
+async def test_events_are_printed_as_they_come(daemon: FakeDaemon) -> None:
+    """A line each, for people or for programs, until the count is reached."""
+
+    async def burst() -> None:
+        while "qmp_capabilities" not in dict(daemon.asked):
+            await trio.lowlevel.checkpoint()
+        while not runs:
+            await daemon.status("j0", "running")
+            await trio.sleep(0)
+
+    runs: list[subprocess.CompletedProcess[bytes]] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(burst)
+        runs.append(await qmpctl(daemon, "events", "--json", "-n", "2", "JOB_STATUS_CHANGE"))
+
+    lines = [json.loads(line) for line in runs[0].stdout.splitlines()]
+    assert (
+        lines
+        == [{"event": "JOB_STATUS_CHANGE", "data": {"id": "j0", "status": "running"}, "time": 1_700_000_000.25}] * 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("jobs", "text"),
+    [([], "no jobs"), ([job(), job(id="j1")], "name the job to watch: j0, j1")],
+    ids=["none", "several"],
+)
+async def test_watch_without_a_name_needs_exactly_one_job(
+    daemon: FakeDaemon, jobs: list[dict[str, Any]], text: str
+) -> None:
+    """It does not guess."""
+    daemon.answers["query-jobs"] = lambda _: jobs
+
+    run = await qmpctl(daemon, "watch")
+
+    assert (run.returncode, run.stderr.decode()) == (Exit.FAILED, f"qmpctl: {text}\n")
+
+
+async def test_no_daemon_is_a_status_of_its_own(tmp_path: Path) -> None:
+    """Scripts can tell a missing daemon from a refused command."""
+    run = await qmpctl(None, "--socket", str(tmp_path / "nothing"), "jobs")
+
+    assert run.returncode == Exit.NO_CONNECTION
+    assert run.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["jobs"], ["--socket", "x", "speed", "j0", "fast"], ["--socket", "x", "nonsense"]],
+    ids=["nothing", "no socket", "bad size", "unknown"],
+)
+async def test_wrong_usage_is_explained(arguments: list[str]) -> None:
+    """argparse's usage line and status 2."""
+    run = await qmpctl(None, *arguments)
+
+    assert run.returncode == Exit.USAGE
+    assert run.stderr.startswith(b"usage: qmpctl")
+
+
+async def test_bad_arguments_for_raw_are_wrong_usage(daemon: FakeDaemon) -> None:
+    """Nothing is sent."""
+    run = await qmpctl(daemon, "raw", "query-jobs", "{")
+
+    assert run.returncode == Exit.USAGE
+    assert b"premature EOI" in run.stderr
