@@ -1,0 +1,43 @@
+"""block-commit. Source: spec/jobs-and-commit.md section 3."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from qmpd.control.qapi import Bool, Features, Int, QapiModel, Str
+from qmpd.control.registry import Context, command
+from qmpd.jobs.commit import CommitJob
+from qmpd.jobs.job import Job, OnError
+from qmpd.jobs.plan import CommitRequest, plan_commit
+
+_DEPRECATED = Features(("deprecated",))
+
+
+class BlockCommit(QapiModel):
+    """Arguments of block-commit. ``base`` and ``top`` are file names."""
+
+    job_id: Str | None = None
+    device: Str
+    base_node: Str | None = None
+    base: Annotated[Str | None, _DEPRECATED] = None
+    top_node: Str | None = None
+    top: Annotated[Str | None, _DEPRECATED] = None
+    backing_file: Str | None = None
+    backing_mask_protocol: Bool | None = None
+    speed: Int | None = None  # bytes per second
+    on_error: OnError | None = None
+    filter_node_name: Str | None = None
+    auto_finalize: Bool | None = None
+    auto_dismiss: Bool | None = None
+
+
+@command("block-commit")
+async def block_commit(ctx: Context, args: BlockCommit) -> None:
+    """Start a job that moves the data of ``top`` and all images down to ``base`` into ``base``."""
+    # What was not given keeps the default of CommitRequest.
+    request = CommitRequest(**{name: value for name, value in args if value is not None})
+
+    def make() -> Job:
+        return CommitJob(ctx.graph, plan_commit(ctx.graph, request))
+
+    await ctx.jobs.launch(make)
