@@ -33,7 +33,7 @@ types: .venv/.dev  ## mypy --strict
 	$(BIN)/mypy
 
 check-generated: .venv/.dev  ## are schema/ and docs/compatibility.md what the code says?
-	$(BIN)/python -m qmpd.control.schema --check schema
+	$(BIN)/python tools/schema.py --check
 	$(BIN)/python tools/compat.py --check
 
 format: .venv/.dev  ## let ruff put things in order
@@ -41,7 +41,7 @@ format: .venv/.dev  ## let ruff put things in order
 	$(BIN)/ruff format qmpd tests demo tools
 
 schema: .venv/.dev  ## write schema/ anew from the command registry
-	$(BIN)/python -m qmpd.control.schema schema
+	$(BIN)/python tools/schema.py
 
 docs: .venv/.dev  ## write docs/compatibility.md anew from docs/deviations.toml
 	$(BIN)/python tools/compat.py
