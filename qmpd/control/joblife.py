@@ -10,11 +10,14 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
 import trio
 
 from qmpd.errors import Kind, QmpdError, strerror
+from qmpd.graph.edit import Graph
+from qmpd.graph.open import close_unreferenced
 from qmpd.jobs.cell import Cell, Rest, cancelled
 from qmpd.jobs.job import Action, Body, Failure, IoStatus, Job, Ready
 from qmpd.jobs.table import Publish, Status, transition
@@ -38,6 +41,16 @@ class Bridge(Protocol):
     async def run_steps(self, steps: Steps[T]) -> T: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all lives share. Phases that change the graph run with ``graph_lock`` held."""
+
+    publish: Publish
+    bridge: Bridge
+    graph: Graph
+    graph_lock: trio.Lock
+
+
 def _next(body: Body) -> Rest | Failure | Ready | None:
     """Worker thread: the body's next stretch; None when it ended."""
     return next(body, None)
@@ -46,7 +59,7 @@ def _next(body: Body) -> Rest | Failure | Ready | None:
 class Life:
     """The run-time side of one job. Control thread."""
 
-    def __init__(self, job: Job, publish: Publish, bridge: Bridge, graph_lock: trio.Lock, opened: trio.Event) -> None:
+    def __init__(self, job: Job, around: Surroundings, opened: trio.Event) -> None:
         """``opened`` is set when the opening stretch of the body is over: the job's command can be answered."""
         self.job = job
         self.cell = Cell(trio.lowlevel.current_clock().current_time, self._poke)
@@ -58,9 +71,9 @@ class Life:
         #: Set when a retry that a client asked for has had its outcome.
         self.retried = trio.Event()
         self.retried.set()
-        self._publish = publish
-        self._bridge = bridge
-        self._graph_lock = graph_lock
+        self._around = around
+        self._publish = around.publish
+        self._bridge = around.bridge
         self._wake = trio.Event()
         self._may_finalize = job.auto_finalize
 
@@ -202,7 +215,7 @@ class Life:
             error = error or cancelled()
         if error is not None:
             self._give_up(error)
-        async with self._graph_lock:
+        async with self._around.graph_lock:
             await self._last_phases()
         self._announce_end("BLOCK_JOB_CANCELLED" if is_cancelled else "BLOCK_JOB_COMPLETED")
         self._to(Status.CONCLUDED)
@@ -225,12 +238,12 @@ class Life:
             await self._wake.wait()
 
     async def _last_phases(self) -> None:
-        """Prepare, then commit or abort, then clean."""
+        """Prepare, then commit or abort, then clean; nodes that nobody holds after that are closed."""
         job = self.job
         if job.error is None and (error := await self._failure(job.prepare())) is not None:
             self._give_up(error)
         ending = job.commit() if job.error is None else job.abort()
-        for phase in (ending, job.clean()):
+        for phase in (ending, job.clean(), close_unreferenced(self._around.graph)):
             if (error := await self._failure(phase)) is not None:
                 _log.error("job %s: while ending: %s", job.id, error)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from qmpd.control.joblife import Bridge, Life
+from qmpd.control.joblife import Bridge, Life, Surroundings
 from qmpd.errors import Kind, QmpdError
 from qmpd.graph.edit import Graph
 from qmpd.jobs.job import Job, check_speed, well_formed_id
@@ -31,10 +31,7 @@ class JobManager:
     """The jobs, newest first."""
 
     def __init__(self, publish: Publish, bridge: Bridge, graph: Graph, graph_lock: trio.Lock) -> None:
-        self._publish = publish
-        self._bridge = bridge
-        self._graph = graph
-        self._graph_lock = graph_lock
+        self._around = Surroundings(publish, bridge, graph, graph_lock)
         self._lives: list[Life] = []
         self._nursery: trio.Nursery | None = None
         self._closing = False
@@ -63,7 +60,7 @@ class JobManager:
 
     async def _bring_up(self, make: Callable[[], Job], birth: _Birth) -> None:
         try:
-            async with self._graph_lock:
+            async with self._around.graph_lock:
                 life = await self._start(make(), birth.done)
         except Exception as error:  # noqa: BLE001  it belongs to the command that waits
             birth.error = error
@@ -74,7 +71,7 @@ class JobManager:
 
     async def _start(self, job: Job, opened: trio.Event) -> Life:
         self.check_id(job.id)
-        life = Life(job, self._publish, self._bridge, self._graph_lock, opened)
+        life = Life(job, self._around, opened)
         self._lives.insert(0, life)
         try:
             await life.start()

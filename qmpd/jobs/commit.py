@@ -21,7 +21,6 @@ from qmpd.errors import QmpdError
 from qmpd.graph import chain
 from qmpd.graph.edit import Edit, Graph
 from qmpd.graph.node import Backend, Edge, JobParent, Node
-from qmpd.graph.open import close_unreferenced
 from qmpd.graph.permissions import child_role
 from qmpd.graph.spec import NodeSpec
 from qmpd.jobs import header
@@ -253,7 +252,7 @@ class CommitJob(Job):
         yield from quietly([self._the_filter], partial(self._leave_chain, self._plan.top))
 
     def clean(self) -> Steps[None]:
-        """Let go of all nodes; those that only the chain was holding are closed."""
+        """Let go of all nodes."""
         with self._graph.edit() as edit:
             for node in self._blocked:
                 edit.unblock_ops(node, _BUSY)
@@ -261,7 +260,6 @@ class CommitJob(Job):
                 edit.detach(edge)
         if self._base_was_read_only:
             yield from back_to_read_only(self._graph, self._plan.base)
-        yield from close_unreferenced(self._graph)
 
     @property
     def _the_filter(self) -> Node:

@@ -16,7 +16,7 @@ The manager (``control.manager``) calls the phases in this order and nothing els
 ``commit`` or ``abort``
     Control thread with graph lock; exactly one of them.
 ``clean``
-    Control thread with graph lock, always.
+    Control thread with graph lock, always. Nodes that nobody holds afterwards are closed by the manager.
 
 ``start``, ``prepare``, ``commit``, ``abort`` and ``clean`` are ``Steps`` (see :mod:`qmpd.steps`): between the yields
 they run on the control thread, what they yield runs on a worker. ``commit``, ``abort`` and ``clean`` should not raise;
