@@ -85,12 +85,14 @@ class FileHandle:
         """Get the locks for (perm, shared) beside those held, and write access if needed. Nothing changed on error."""
         wanted = locking.mask(perm, shared) if self._locked else 0
         kept = self._held
+        if self._next_fd >= 0:
+            locking.unlock(self._next_fd, kept)  # the test must not take our own second description for a stranger
         locking.acquire(self.fd, wanted, kept=kept)
         self._held |= wanted
         self._next_perm = perm
         try:
             if self._next_fd >= 0:
-                locking.lock(self._next_fd, wanted)
+                locking.lock(self._next_fd, self._held)
             self._prepare_fd()
         except QmpdError:
             self._next_perm = None
