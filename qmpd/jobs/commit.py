@@ -169,22 +169,27 @@ class CommitJob(Job):
         return self._target.edge.device
 
     def _copy(self, cell: Cell) -> Body:
-        engine = CopyEngine(self._layers, self._device)
-        offset = 0
-        while offset < self._length:
-            pieces = yield from self._map(cell, offset)
-            while offset < pieces.end:
-                yield from cell.pace()
-                piece = pieces.step(offset) if self._stepwise or cell.speed else pieces.stretch(offset)
-                try:
-                    if piece.allocated:
-                        engine.copy(pieces.runs, offset, piece.length)
-                except CopyError as error:
-                    yield from self._failed(error.operation, error)
-                    continue
-                cell.advance(piece.length, charged=piece.allocated)
-                offset += piece.length
-                yield from self._succeeded()
+        with CopyEngine(self._layers, self._device) as engine:
+            offset = 0
+            while offset < self._length:
+                pieces = yield from self._map(cell, offset)
+                yield from self._copy_region(cell, engine, pieces)
+                offset = pieces.end
+
+    def _copy_region(self, cell: Cell, engine: CopyEngine, pieces: Pieces) -> Body:
+        offset = pieces.start
+        while offset < pieces.end:
+            yield from cell.pace()
+            piece = pieces.step(offset) if self._stepwise or cell.speed else pieces.stretch(offset)
+            try:
+                if piece.allocated:
+                    engine.copy(pieces.runs, offset, piece.length)
+            except CopyError as error:
+                yield from self._failed(error.operation, error)
+                continue
+            cell.advance(piece.length, charged=piece.allocated)
+            offset += piece.length
+            yield from self._succeeded()
 
     def _map(self, cell: Cell, offset: int) -> Generator[Rest | Failure, None, Pieces]:
         """What lies above base from ``offset`` on."""
