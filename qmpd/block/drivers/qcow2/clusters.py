@@ -1,0 +1,197 @@
+"""Guest clusters to L2 entries and back (spec/qcow2.md sections 2 and 5). Called with the image lock held."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qmpd.block.drivers.qcow2.cache import Table
+from qmpd.block.drivers.qcow2.tables import (
+    ALL_ALLOCATED,
+    COMPRESSED,
+    COPIED,
+    I64,
+    L2_RESERVED,
+    OFFSET_MASK,
+    U64,
+    ZERO,
+    Bools,
+    bad_entries,
+    c_hex,
+    entry_error,
+)
+from qmpd.errors import QmpdError
+
+if TYPE_CHECKING:
+    from qmpd.block.drivers.qcow2.image import Image
+
+
+class States:
+    """What some guest clusters are made of, column by column, in the same terms with and without extended L2.
+
+    ``allocated`` and ``zero`` have one bit per unit; an image without extended L2 entries uses bit 0 alone.
+    """
+
+    __slots__ = ("allocated", "compressed", "entries", "exclusive", "host", "zero")
+
+    def __init__(self, entries: U64, *, extended: bool) -> None:
+        first = entries[:, 0]
+        self.entries = entries
+        self.compressed: Bools = (first & np.uint64(COMPRESSED)) != 0
+        plain = np.where(self.compressed, np.uint64(0), first)
+        #: Host byte offset, 0 for none (and for compressed clusters).
+        self.host: U64 = plain & np.uint64(OFFSET_MASK)
+        #: A host cluster that may be written in place.
+        self.exclusive: Bools = (self.host != 0) & ((plain & np.uint64(COPIED)) != 0)
+        if extended:
+            bitmap = np.where(self.compressed, np.uint64(0), entries[:, 1])
+            self.allocated: U64 = bitmap & np.uint64(ALL_ALLOCATED)
+            self.zero: U64 = bitmap >> np.uint64(32)
+        else:
+            self.zero = plain & np.uint64(ZERO)
+            self.allocated = ((self.host != 0) & (self.zero == 0)).astype(np.uint64)
+
+
+class Clusters:
+    """Reads and stores L2 entries, making tables as needed. Guest clusters are given by number, ascending."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._geometry = image.geometry
+        self.all_units = (1 << image.geometry.units) - 1
+
+    # -- tables ----------------------------------------------------------------------------------------------------
+
+    def table_offset(self, l1_index: int) -> int:
+        """Host offset of the L2 table, 0 for none. Raises CORRUPT for pointers that cannot be followed."""
+        l1 = self._image.meta.l1
+        if l1_index >= len(l1):
+            return 0
+        offset = l1[l1_index] & OFFSET_MASK
+        if offset % self._geometry.cluster_size:
+            raise self._image.corruption(f"L2 table offset {offset:#x} unaligned (L1 index: {c_hex(l1_index)})")
+        if offset:
+            name = self._image.is_structure(offset)
+            if name:
+                raise self._image.corruption(
+                    f"L2 table offset {offset:#x} overlaps with {name} (L1 index: {l1_index:#x})"
+                )
+        return offset
+
+    def table(self, l1_index: int) -> Table | None:
+        """The L2 table for reading."""
+        offset = self.table_offset(l1_index)
+        return self._image.meta.l2.get(offset) if offset else None
+
+    def writable_table(self, l1_index: int) -> Table:
+        """The L2 table for changing: a missing one is made, a shared one is copied first."""
+        image, size = self._image, self._geometry.cluster_size
+        offset = self.table_offset(l1_index)
+        if image.meta.l1[l1_index] & COPIED:
+            if not offset:
+                raise image.corruption(f"L1 entry {l1_index:#x} has no L2 table, but the copied flag")
+            if offset >= image.file_end:
+                raise image.corruption(f"L2 table offset {offset:#x} behind the end of the file")
+            if image.refcounts.get(offset // size) != 1:
+                raise image.corruption(f"L2 table at {offset:#x} has the copied flag, but its refcount is not 1")
+            return image.meta.l2.get(offset)
+        if offset:
+            data = image.meta.l2.get(offset).data.copy()
+        else:
+            data = np.zeros((self._geometry.l2_entries, self._geometry.words), np.uint64)
+        cluster = int(image.alloc.allocate(1)[0])
+        table = image.meta.l2.create(cluster * size, data)
+        image.meta.l1[l1_index] = cluster * size | COPIED
+        image.overlap.l2.add(cluster)
+        if offset:
+            image.alloc.free_later(np.array([offset // size], np.int64))
+            image.overlap.l2.discard(offset // size)
+        return table
+
+    # -- entries ---------------------------------------------------------------------------------------------------
+
+    def load(self, clusters: I64) -> States:
+        """Entries of ``clusters``. Raises CORRUPT if one of them breaks the format."""
+        entries = np.zeros((len(clusters), self._geometry.words), np.uint64)
+        for l1_index, where, low in self._groups(clusters):
+            table = self.table(l1_index)
+            if table is None:
+                continue
+            entries[where] = table.data[clusters[where] - low]
+            bad = bad_entries(self._geometry, entries[where], version=self._image.header.version)
+            if bad:
+                position, reason = bad
+                index = int(clusters[where][position]) - low
+                raise self.damaged(reason, int(entries[where][position, 0]), table.offset, index)
+        return States(entries, extended=self._geometry.extended)
+
+    def store(self, clusters: I64, entries: U64) -> None:
+        """Change entries in memory, all or none. What they replace is the caller's to free."""
+        groups = [(self.writable_table(index), where, low) for index, where, low in self._groups(clusters)]
+        for table, where, low in groups:
+            rows = clusters[where] - low
+            table.data[rows] = entries[where]
+            self._image.meta.l2.touch(table, int(rows[0]), int(rows[-1]) + 1)
+
+    def reserve_tables(self, clusters: I64) -> None:
+        """Make sure that :meth:`store` finds writable tables: what can fail should fail before data moves."""
+        for l1_index, _, _ in self._groups(clusters):
+            self.writable_table(l1_index)
+
+    def damaged(self, reason: str, entry: int, table_offset: int, index: int) -> QmpdError:
+        """The error for a broken entry; marks a writable image."""
+        return self._image.corruption(entry_error(reason, entry, table_offset, index).desc)
+
+    def _groups(self, clusters: I64) -> list[tuple[int, slice, int]]:
+        """``clusters`` cut by L2 table: (L1 index, where in the array, first cluster of the table)."""
+        bits = self._geometry.l2_bits
+        first, last = int(clusters[0]) >> bits, int(clusters[-1]) >> bits
+        if first == last:
+            return [(first, slice(0, len(clusters)), first << bits)]
+        l1 = clusters >> bits
+        cuts = np.flatnonzero(np.diff(l1)) + 1
+        edges = [0, *cuts.tolist(), len(clusters)]
+        return [(int(l1[a]), slice(a, b), int(l1[a]) << bits) for a, b in pairwise(edges)]
+
+    # -- composing and giving up -----------------------------------------------------------------------------------
+
+    def compose(self, host: U64, allocated: U64, zero: U64, exclusive: Bools) -> U64:
+        """Entries (n, words) from columns; the opposite of :class:`States`."""
+        first = host | np.where(exclusive & (host != 0), np.uint64(COPIED), np.uint64(0))
+        if not self._geometry.extended:
+            return (first | zero).reshape(-1, 1)
+        return np.stack((first, allocated | (zero << np.uint64(32))), axis=1)
+
+    def check_exclusive(self, states: States, chosen: Bools) -> None:
+        """May the host clusters of the ``chosen`` entries be written in place? Raises CORRUPT (section 10, qmpd)."""
+        image = self._image
+        entries, host = states.entries[chosen, 0], states.host[chosen].astype(np.int64)
+        if not len(host):
+            return
+        reserved = L2_RESERVED & ~ZERO | (ZERO if self._geometry.extended else 0)
+        if (entries & np.uint64(reserved)).any():
+            raise image.corruption(f"L2 entry {int(entries[0]):#x} has reserved bits set")
+        if int(host.max()) >= image.file_end:
+            raise image.corruption(f"Cluster offset {int(host.max()):#x} behind the end of the file")
+        clusters = host // self._geometry.cluster_size
+        name = image.overlap.any(clusters)
+        if name:
+            raise image.corruption(f"Preventing invalid write on metadata (overlaps with {name})")
+        counts = image.refcounts.get_many(clusters)
+        if (counts != 1).any():
+            at = int(host[int((counts != 1).argmax())])
+            raise image.corruption(f"Cluster at {at:#x} has the copied flag, but its refcount is not 1")
+
+    def host_clusters(self, entries: U64) -> I64:
+        """Every reference that these entries hold, by cluster; compressed streams may touch several."""
+        first = entries[:, 0]
+        compressed = (first & np.uint64(COMPRESSED)) != 0
+        plain = (first[~compressed] & np.uint64(OFFSET_MASK)).astype(np.int64) // self._geometry.cluster_size
+        found = [plain[plain != 0]]
+        for entry in first[compressed].tolist():
+            offset, length = self._geometry.compressed_span(entry)
+            size = self._geometry.cluster_size
+            found.append(np.arange(offset // size, (offset + length - 1) // size + 1, dtype=np.int64))
+        return np.concatenate(found) if len(found) > 1 else found[0]

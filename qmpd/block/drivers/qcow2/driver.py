@@ -1,0 +1,254 @@
+"""The qcow2 driver: what a node sees (spec/qcow2.md, spec/block-graph.md sections 4 and 7).
+
+Threads: I/O from any worker, several at a time. ``attach`` and ``reopen_*`` on the control thread, while no I/O runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Final, Self
+
+import numpy as np
+
+from qmpd.block.api import BackingReference, BlockDevice, Buffer, Driver, ImageInfo
+from qmpd.block.drivers.qcow2 import header as hdr
+from qmpd.block.drivers.qcow2.clusters import Clusters
+from qmpd.block.drivers.qcow2.image import L2_CACHE, REFCOUNT_CACHE, Image
+from qmpd.block.drivers.qcow2.reading import Reader
+from qmpd.block.drivers.qcow2.resize import Resizer
+from qmpd.block.drivers.qcow2.tables import I64
+from qmpd.block.drivers.qcow2.writing import Writer
+from qmpd.block.drivers.qcow2.zeroing import Eraser
+from qmpd.block.extents import Runs
+from qmpd.errors import Kind, QmpdError
+
+_DISCARD_OPTION: Final = "pass-discard-request"
+
+
+class Qcow2(Driver):
+    """One qcow2 image. Children: ``file`` (required), ``backing`` (attached by the graph).
+
+    Options: ``cache-size``, ``l2-cache-size``, ``refcount-cache-size``, ``l2-cache-entry-size``,
+    ``pass-discard-request``; the others of QEMU are accepted and have nothing to do here. ``data-file`` and
+    ``encrypt`` are refused.
+    """
+
+    format_name = "qcow2"
+    supports_backing = True
+
+    def __init__(self, image: Image, options: Mapping[str, Any]) -> None:
+        """Use :meth:`open`."""
+        self._image = image
+        self.read_only = image.read_only
+        self._clusters = Clusters(image)
+        self._reader = Reader(image, self._clusters, image.header.size)
+        self._writer = Writer(image, self._clusters, self._reader)
+        self._eraser = Eraser(image, self._clusters, self._reader, self._writer)
+        self._resizer = Resizer(image, self._clusters, self._reader, self._writer, self._eraser)
+        self._length = image.header.size
+        self._next: tuple[bool, Mapping[str, Any]] | None = None
+        self._closed = False
+        self._apply(options)
+
+    @classmethod
+    def open(cls, children: Mapping[str, BlockDevice], options: Mapping[str, Any], *, read_only: bool) -> Self:
+        """Open an image. A worker thread.
+
+        Raises CORRUPT and UNSUPPORTED errors with QEMU's texts. Read-write, unknown autoclear bits are cleared and
+        the refcounts of a dirty image rebuilt before this returns.
+        """
+        l2_cache, refcount_cache = _cache_sizes(options)
+        image = Image(children["file"], read_only=read_only, l2_cache=l2_cache, refcount_cache=refcount_cache)
+        _check_options(options, image.geometry.cluster_size)
+        driver = cls(image, options)
+        driver._reader.backing = children.get("backing")
+        if not read_only:
+            with image.lock:
+                driver._writer.prepare()
+        return driver
+
+    def _apply(self, options: Mapping[str, Any]) -> None:
+        self._options = dict(options)
+        l2_cache, refcount_cache = _cache_sizes(options)
+        self._image.meta.l2.limit = l2_cache
+        self._image.meta.refcount_blocks.limit = refcount_cache
+        self._eraser.pass_discard = bool(options.get(_DISCARD_OPTION, True))
+
+    # -- I/O -------------------------------------------------------------------------------------------------------
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @property
+    def placement_unit(self) -> int | None:
+        return None if self.read_only else self._image.geometry.cluster_size
+
+    @property
+    def data_child(self) -> BlockDevice | None:
+        return self._image.file
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        if len(buffer):
+            self._reader.readinto(offset, buffer)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        if len(data):
+            self._writer.write(offset, memoryview(data))
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        if length:
+            self._eraser.write_zeroes(offset, length, unmap=unmap)
+
+    def discard(self, offset: int, length: int) -> None:
+        if length:
+            self._eraser.discard(offset, length)
+
+    def flush(self) -> None:
+        if not self.read_only:
+            self._image.flush()
+
+    def map(self, offset: int, length: int) -> Runs:
+        return self._reader.map(offset, length)
+
+    def place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
+        return self.place_ranges(np.array([offset], np.int64), np.array([length], np.int64))
+
+    def place_ranges(self, offset: I64, length: I64) -> AbstractContextManager[Runs]:
+        """:meth:`place` for many ranges at once (ascending, disjoint, in bytes, whole clusters each).
+
+        The runs have gaps where the ranges have; otherwise the contract is that of :meth:`BlockDevice.place`.
+        """
+        return self._writer.place(offset, length)
+
+    def truncate(self, length: int) -> None:
+        if length < self._length:
+            self._length = length
+            with self._length_follows():
+                self._resizer.truncate(length)
+        else:
+            with self._length_follows():
+                self._resizer.truncate(length)
+
+    @contextmanager
+    def _length_follows(self) -> Iterator[None]:
+        """Whatever happened, the length is what the image says."""
+        try:
+            yield
+        finally:
+            self._length = self._reader.size
+
+    # -- life cycle ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if not self.read_only:
+            self._image.flush()
+        self._image.meta.l2.clear()
+        self._image.meta.refcount_blocks.clear()
+
+    def info(self) -> ImageInfo:
+        header = self._image.header
+        modern = header.version >= 3
+        data: dict[str, Any] = {
+            "compat": "1.1" if modern else "0.10",
+            "compression-type": hdr.COMPRESSION_NAMES[header.compression_type],
+        }
+        if modern:
+            data["lazy-refcounts"] = bool(header.compatible & hdr.LAZY_REFCOUNTS)
+        data["refcount-bits"] = 1 << header.refcount_order
+        if modern:
+            data["corrupt"] = bool(header.incompatible & hdr.CORRUPT)
+            data["extended-l2"] = header.extended_l2
+        if self._image.bitmaps:
+            data["bitmaps"] = [bitmap.info() for bitmap in self._image.bitmaps]
+        snapshots = [snapshot.info() for snapshot in self._image.snapshots]
+        return ImageInfo(
+            self.format_name,
+            self._length,
+            cluster_size=header.cluster_size,
+            dirty=bool(header.incompatible & hdr.DIRTY),
+            backing=header.backing,
+            format_specific={"type": "qcow2", "data": data},
+            extra={"snapshots": snapshots} if snapshots else {},
+        )
+
+    # -- the graph's side ------------------------------------------------------------------------------------------
+
+    def attach(self, name: str, child: BlockDevice | None) -> None:
+        if name == "backing":
+            self._reader.backing = child
+        elif name == "file" and child is not None:
+            self._image.set_file(child)
+        else:
+            super().attach(name, child)
+
+    def reopen_prepare(self, *, read_only: bool, options: Mapping[str, Any] | None = None) -> None:
+        if options is not None:
+            _check_options(options, self._image.geometry.cluster_size)
+        if not read_only and self._image.header.incompatible & hdr.CORRUPT:
+            raise QmpdError("qcow2: Image is corrupt; cannot be opened read/write", Kind.CORRUPT)
+        self._next = read_only, self._options if options is None else options
+
+    def reopen_commit(self) -> None:
+        if self._next is None:
+            return
+        (read_only, options), self._next = self._next, None
+        if read_only:
+            self._writer.reset()
+        self.read_only = self._image.read_only = read_only
+        self._apply(options)
+
+    def reopen_abort(self) -> None:
+        self._next = None
+
+    # -- backing reference -----------------------------------------------------------------------------------------
+
+    @property
+    def backing_reference(self) -> BackingReference | None:
+        return self._image.header.backing
+
+    def check_backing_reference(self, reference: BackingReference | None) -> None:
+        self._image.header.with_backing(reference).serialise()
+
+    def change_backing_reference(self, reference: BackingReference | None) -> None:
+        image = self._image
+        with image.lock:
+            if self.read_only:
+                raise QmpdError("Block node is read-only", Kind.PERMISSION)
+            image.check_alive()
+            self._writer.prepare()
+            image.write_header(image.header.with_backing(reference))
+
+
+def _cache_sizes(options: Mapping[str, Any]) -> tuple[int, int]:
+    """Bounds of the L2 and the refcount cache, bytes, as the options ask for."""
+    total, l2 = options.get("cache-size"), options.get("l2-cache-size")
+    blocks = options.get("refcount-cache-size")
+    if total is not None:
+        if l2 is not None and blocks is not None:
+            raise QmpdError("cache-size, l2-cache-size and refcount-cache-size may not be set at the same time")
+        for name, size in (("l2-cache-size", l2), ("refcount-cache-size", blocks)):
+            if size is not None and size > total:
+                raise QmpdError(f"{name} may not exceed cache-size")
+        if l2 is None:
+            l2 = total - blocks if blocks is not None else total * 4 // 5
+        if blocks is None:
+            blocks = total - l2
+    return L2_CACHE if l2 is None else int(l2), REFCOUNT_CACHE if blocks is None else int(blocks)
+
+
+def _check_options(options: Mapping[str, Any], cluster_size: int) -> None:
+    entry = options.get("l2-cache-entry-size")
+    if entry is not None and (not 512 <= entry <= cluster_size or entry & (entry - 1)):
+        raise QmpdError(f"L2 cache entry size must be a power of two between 512 and the cluster size ({cluster_size})")
+    if options.get("data-file") is not None:
+        raise QmpdError("'data-file' can only be set for images with an external data file")
+    encrypt = options.get("encrypt")
+    if encrypt is not None:
+        kind = encrypt.get("format") if isinstance(encrypt, Mapping) else encrypt
+        raise QmpdError(f"No encryption in image header, but options specified format '{kind}'")
+    _cache_sizes(options)

@@ -1,0 +1,92 @@
+"""Which requests are under way: what has to wait for what, and when freed space may be used again.
+
+Two rules. Requests that change the mapping of a cluster exclude each other on it (two copies-on-write into one
+unallocated cluster would lose one's data). And host clusters given up while I/O is in flight are not handed out before
+that I/O has ended, since it may still be aimed at them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from qmpd.block.drivers.qcow2.tables import I64
+
+
+class Claim:
+    """Guest ranges (sorted, disjoint, bytes) that one request changes. A thread never waits for its own."""
+
+    __slots__ = ("begin", "end", "high", "low", "owner")
+
+    def __init__(self, begin: I64, end: I64) -> None:
+        self.begin, self.end = begin, end
+        self.low, self.high = int(begin[0]), int(end[-1])
+        self.owner = threading.get_ident()
+
+    def meets(self, start: int, stop: int) -> bool:
+        if stop <= self.low or self.high <= start or self.owner == threading.get_ident():
+            return False
+        at = int(np.searchsorted(self.end, start, "right"))
+        return at < len(self.begin) and int(self.begin[at]) < stop
+
+    def collides(self, other: Claim) -> bool:
+        if other.high <= self.low or self.high <= other.low or self.owner == other.owner:
+            return False
+        at = np.searchsorted(self.end, other.begin, "right")
+        known = at < len(self.begin)
+        return bool((self.begin[at[known]] < other.end[known]).any())
+
+
+class Inflight:
+    """Bookkeeping under the image lock; waiting releases it."""
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self._changed = threading.Condition(lock)
+        self._claims: list[Claim] = []
+        self._active: set[int] = set()
+        self._clock = 0
+
+    def wait(self, start: int, stop: int) -> None:
+        """Until nobody is remapping any of ``[start, stop)``. Lock held, and released while waiting."""
+        while self._claims and any(claim.meets(start, stop) for claim in self._claims):
+            self._changed.wait()
+
+    def claim(self, claim: Claim) -> None:
+        """Wait, then keep others from remapping these ranges until :meth:`unclaim`."""
+        while any(known.collides(claim) for known in self._claims):
+            self._changed.wait()
+        self._claims.append(claim)
+
+    def unclaim(self, claim: Claim) -> None:
+        self._claims.remove(claim)
+        self._changed.notify_all()
+
+    def enter(self) -> int:
+        """Data I/O begins; keep the ticket for :meth:`leave`."""
+        self._clock += 1
+        self._active.add(self._clock)
+        return self._clock
+
+    def leave(self, ticket: int) -> None:
+        """Data I/O has ended. Needs no lock."""
+        self._active.discard(ticket)
+
+    @contextmanager
+    def io(self) -> Iterator[None]:
+        ticket = self.enter()
+        try:
+            yield
+        finally:
+            self.leave(ticket)
+
+    @property
+    def now(self) -> int:
+        """A stamp for space given up now."""
+        return self._clock
+
+    def finished(self, stamp: int) -> bool:
+        """Has all I/O ended that was under way at that stamp?"""
+        return not self._active or min(self._active.copy()) > stamp

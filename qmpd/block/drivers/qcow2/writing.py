@@ -1,0 +1,320 @@
+"""The writing half: data into clusters, in place or copied (spec/qcow2.md sections 5 and 6). Any worker thread.
+
+A request that needs new mappings goes through three steps: *plan* under the lock (claim the range, take clusters, make
+L2 tables), move data without it, *publish* under it. A failure before publishing gives everything back. Nothing is
+synced here: the cache's flush puts data and counts on disk before the entries that rely on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+
+from qmpd.block.drivers.qcow2.clusters import Clusters, States
+from qmpd.block.drivers.qcow2.header import BITMAPS, DIRTY, KNOWN_AUTOCLEAR
+from qmpd.block.drivers.qcow2.image import Image
+from qmpd.block.drivers.qcow2.inflight import Claim
+from qmpd.block.drivers.qcow2.reading import Reader
+from qmpd.block.drivers.qcow2.repair import rebuild_refcounts
+from qmpd.block.drivers.qcow2.tables import COMPRESSED, COPIED, I64, L2_RESERVED, OFFSET_MASK, U64, ZERO, Bools
+from qmpd.block.extents import RunKind, Runs
+from qmpd.errors import Kind, QmpdError
+from qmpd.units import MIB, ceil_div
+
+#: Larger writes are cut into pieces of this size, so that none holds up its neighbours for long.
+_PIECE: Final = 64 * MIB
+_NOT_IN_PLACE: Final = COMPRESSED | L2_RESERVED
+
+
+@dataclass(slots=True)
+class Plan:
+    """Where a request's clusters go: one row per guest cluster."""
+
+    claim: Claim
+    clusters: I64
+    states: States
+    #: Host byte offset each cluster will have.
+    host: U64
+    #: Rows with a cluster taken for this request.
+    fresh: Bools
+    #: Taken clusters from this index on were never written before, hence read as zeros.
+    virgin: int
+
+
+class Writer:
+    """Writes one image."""
+
+    def __init__(self, image: Image, clusters: Clusters, reader: Reader) -> None:
+        self._image = image
+        self._clusters = clusters
+        self._reader = reader
+        self._geometry = image.geometry
+        self._ready = False
+        self._bitmaps_dropped = False
+
+    # -- before the first write ------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Make sure that the image may be written: structure sound, refcounts right, unknown promises revoked.
+
+        Lock held or nobody else there. Raises CORRUPT with nothing written, except that a dirty image is repaired.
+        """
+        image = self._image
+        if self._ready:
+            return
+        image.check_structure()
+        if image.header.incompatible & DIRTY:
+            rebuild_refcounts(image)
+        else:
+            image.check_refcounts()
+        known = image.header.autoclear & KNOWN_AUTOCLEAR
+        if known != image.header.autoclear:
+            image.write_header(replace(image.header, autoclear=known))
+        self._ready = True
+
+    def begin(self) -> None:
+        """Start of every change to guest data; lock held."""
+        if self._image.read_only:
+            raise QmpdError("Block node is read-only", Kind.PERMISSION)
+        self._image.check_alive()
+        if not self._ready:
+            self.prepare()
+        if not self._bitmaps_dropped:
+            header = self._image.header
+            if header.autoclear & BITMAPS:
+                self._image.write_header(replace(header, autoclear=header.autoclear & ~BITMAPS))
+                self._image.bitmaps = []
+                self._image.note_areas()
+            self._bitmaps_dropped = True
+
+    def reset(self) -> None:
+        """The image became read-only: check again before it is written again."""
+        self._ready = self._bitmaps_dropped = False
+
+    # -- write -----------------------------------------------------------------------------------------------------
+
+    def write(self, offset: int, data: memoryview) -> None:
+        for start in range(0, len(data), _PIECE):
+            piece = data[start : start + _PIECE]
+            if not self._write_in_place(offset + start, piece):
+                self._write_mapped(offset + start, piece)
+
+    def _write_in_place(self, offset: int, data: memoryview) -> bool:
+        """Writes inside one cluster that is this image's own. False if it is something else."""
+        image, geometry = self._image, self._geometry
+        end = offset + len(data)
+        if offset >> geometry.cluster_bits != (end - 1) >> geometry.cluster_bits:
+            return False
+        with image.lock:
+            self.begin()
+            image.inflight.wait(offset, end)
+            host = self._place_of(offset, end)
+            if not host:
+                return False
+            ticket = image.inflight.enter()
+        try:
+            image.file.write(host, data)
+        finally:
+            image.inflight.leave(ticket)
+        return True
+
+    def _place_of(self, offset: int, end: int) -> int:
+        """Host offset at which ``[offset, end)``, inside one cluster, may be overwritten; 0 if it may not."""
+        image, geometry = self._image, self._geometry
+        table = self._clusters.table(offset >> geometry.span_bits)
+        if table is None:
+            return 0
+        row = table.data[(offset >> geometry.cluster_bits) & (geometry.l2_entries - 1)]
+        entry = int(row[0])
+        host = entry & OFFSET_MASK
+        if not entry & COPIED or entry & (_NOT_IN_PLACE | ZERO) or not host or host & (geometry.cluster_size - 1):
+            return 0
+        inner = offset & (geometry.cluster_size - 1)
+        if geometry.extended:
+            touched = self._touched(inner, inner + end - offset)
+            if int(row[1]) & touched != touched or int(row[1]) >> 32 & touched:
+                return 0
+        cluster = host >> geometry.cluster_bits
+        if image.refcounts.get(cluster) != 1 or host >= image.file_end or image.overlap.at(cluster):
+            return 0  # the long way finds out again, and says what is wrong
+        return host + inner
+
+    def _write_mapped(self, offset: int, data: memoryview) -> None:
+        geometry = self._geometry
+        end = offset + len(data)
+        first, last = offset >> geometry.cluster_bits, (end - 1) >> geometry.cluster_bits
+        with self.remapping(np.arange(first, last + 1, dtype=np.int64)) as plan:
+            needed = np.full(len(plan.clusters), self._clusters.all_units, np.uint64)
+            for row in {0, last - first}:
+                base = (first + row) << geometry.cluster_bits
+                inner = max(0, offset - base), min(geometry.cluster_size, end - base)
+                needed[row] = self._fill_around(plan, row, *inner)
+            for row, count in _neighbours(plan.host, geometry.cluster_size):
+                low = max(offset, (first + row) << geometry.cluster_bits)
+                high = min(end, (first + row + count) << geometry.cluster_bits)
+                host = int(plan.host[row]) + (low & (geometry.cluster_size - 1))
+                self._image.file.write(host, data[low - offset : high - offset])
+            with self._image.lock:
+                self._publish(plan, needed)
+
+    # -- plan, publish ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def remapping(self, clusters: I64) -> Iterator[Plan]:
+        """Claim ``clusters`` (ascending) and give each a host cluster of its own.
+
+        Left without :meth:`_publish`, by an exception, it gives the new ones back.
+        """
+        image = self._image
+        with image.lock:
+            self.begin()
+            claim = _claim(clusters, self._geometry.cluster_size)
+            image.inflight.claim(claim)
+            try:
+                plan = self._plan(claim, clusters)
+            except BaseException:
+                image.inflight.unclaim(claim)
+                raise
+        try:
+            yield plan
+        except BaseException:
+            with image.lock:
+                image.alloc.give_back(plan.host[plan.fresh].astype(np.int64) // self._geometry.cluster_size)
+            raise
+        finally:
+            with image.lock:
+                image.inflight.unclaim(claim)
+        with image.lock:
+            image.settle()
+
+    def _plan(self, claim: Claim, clusters: I64) -> Plan:
+        image, size = self._image, self._geometry.cluster_size
+        states = self._clusters.load(clusters)
+        self._clusters.check_exclusive(states, states.exclusive)
+        self._clusters.reserve_tables(clusters)
+        fresh = ~states.exclusive
+        host = states.host.copy()
+        virgin = image.alloc.virgin
+        count = int(fresh.sum())
+        if count:
+            host[fresh] = (image.alloc.allocate(count) * size).astype(np.uint64)
+        return Plan(claim, clusters, states, host, fresh, virgin)
+
+    def _publish(self, plan: Plan, needed: U64) -> None:
+        """Point the entries at the plan's clusters; ``needed`` units hold data now. Lock held."""
+        states, fresh = plan.states, plan.fresh
+        kept = np.where(fresh, np.uint64(0), states.allocated)
+        entries = self._clusters.compose(plan.host, kept | needed, states.zero & ~needed, np.ones(len(fresh), np.bool_))
+        self._clusters.store(plan.clusters, entries)
+        if fresh.any():
+            self._image.alloc.free_later(self._clusters.host_clusters(states.entries[fresh]))
+
+    # -- copy-on-write ---------------------------------------------------------------------------------------------
+
+    def _touched(self, low: int, high: int) -> int:
+        """Mask of the units that bytes ``[low, high)`` of a cluster fall into."""
+        first, end = low // self._geometry.unit_size, ceil_div(high, self._geometry.unit_size)
+        return ((1 << (end - first)) - 1) << first
+
+    def _fill_around(self, plan: Plan, row: int, low: int, high: int) -> int:
+        """Copy what must come along when bytes ``[low, high)`` of a cluster are written. Returns the units needed."""
+        states = plan.states
+        needed = self._touched(low, high)
+        if states.compressed[row]:
+            needed = self._clusters.all_units
+        allocated = int(states.allocated[row])
+        present = 0
+        if plan.fresh[row]:
+            needed |= allocated
+        else:
+            present = allocated
+        virgin = bool(plan.fresh[row]) and int(plan.host[row]) >= plan.virgin * self._geometry.cluster_size
+        base = int(plan.clusters[row]) << self._geometry.cluster_bits
+        for start, stop in self._stretches(needed & ~present):
+            for begin, end in ((start, min(stop, low)), (max(start, high), stop)):
+                if begin < end:
+                    self._copy(base + begin, int(plan.host[row]) + begin, end - begin, virgin=virgin)
+        return needed
+
+    def _copy(self, guest: int, host: int, length: int, *, virgin: bool) -> None:
+        content = bytearray(length)
+        self._reader.readinto(guest, memoryview(content))
+        if virgin and content == bytes(length):
+            return  # the file reads as zeros there already
+        self._image.file.write(host, content)
+
+    def _stretches(self, units: int) -> Iterator[tuple[int, int]]:
+        """Byte ranges within a cluster of neighbouring units in a mask."""
+        size = self._geometry.unit_size
+        start = None
+        for unit in range(self._geometry.units + 1):
+            wanted = units >> unit & 1
+            if wanted and start is None:
+                start = unit
+            elif not wanted and start is not None:
+                yield start * size, unit * size
+                start = None
+
+    # -- place -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def place(self, offset: I64, length: I64) -> Iterator[Runs]:
+        """Whole clusters for a caller who fills them (see BlockDevice.place), several ranges at once."""
+        geometry = self._geometry
+        clusters = _cluster_numbers(offset, length, geometry.cluster_bits)
+        with self.remapping(clusters) as plan:
+            yield self._placed(plan, int(offset[-1] + length[-1]))
+            self._clear_tail(plan, int(offset[-1] + length[-1]))
+            with self._image.lock:
+                self._publish(plan, np.full(len(clusters), self._clusters.all_units, np.uint64))
+
+    def _placed(self, plan: Plan, end: int) -> Runs:
+        size = self._geometry.cluster_size
+        clusters, host = plan.clusters, plan.host.astype(np.int64)
+        if len(clusters) == 1:
+            only = int(clusters[0]) * size
+            return Runs.single(only, min(end, only + size) - only, RunKind.DATA, int(host[0]))
+        fresh = np.empty(len(clusters), np.bool_)
+        fresh[0] = True
+        fresh[1:] = (np.diff(clusters) != 1) | (np.diff(host) != size)
+        head = np.flatnonzero(fresh)
+        start = clusters[head] * size
+        length = np.diff(np.append(head, len(clusters))) * size
+        length[-1] = min(int(length[-1]), end - int(start[-1]))
+        return Runs(start, length, np.full(len(head), RunKind.DATA, np.uint8), host[head])
+
+    def _clear_tail(self, plan: Plan, end: int) -> None:
+        """Behind the end of the disk there must be zeros, or growing it would show old bytes."""
+        inner = end & (self._geometry.cluster_size - 1)
+        if inner:
+            host = int(plan.host[-1]) + inner
+            self._image.file.write_zeroes(host, self._geometry.cluster_size - inner)
+
+
+def _claim(clusters: I64, size: int) -> Claim:
+    if int(clusters[-1]) - int(clusters[0]) == len(clusters) - 1:
+        return Claim(clusters[:1] * size, clusters[-1:] * size + size)
+    return Claim(clusters * size, clusters * size + size)
+
+
+def _cluster_numbers(offset: I64, length: I64, bits: int) -> I64:
+    """All clusters of the given ranges."""
+    if len(offset) == 1:
+        start = int(offset[0])
+        return np.arange(start >> bits, ((start + int(length[0]) - 1) >> bits) + 1, dtype=np.int64)
+    first = offset >> bits
+    count = ((offset + length - 1) >> bits) + 1 - first
+    before = np.cumsum(count) - count
+    return np.repeat(first - before, count) + np.arange(int(count.sum()), dtype=np.int64)
+
+
+def _neighbours(host: U64, size: int) -> Iterator[tuple[int, int]]:
+    """(first row, number of rows) of clusters that follow each other in the file."""
+    heads = [0, *(np.flatnonzero(np.diff(host.astype(np.int64)) != size) + 1).tolist(), len(host)]
+    for first, after in pairwise(heads):
+        yield first, after - first
