@@ -76,7 +76,7 @@ BlockdevRefOrNull = Annotated[BlockdevOptions | Str | NullType, Alternate("Block
 
 
 class BlockdevOptionsFile(BlockdevOptions, branch=("file", "host_device")):
-    features = ("dynamic-auto-read-only",)
+    type_features = ("dynamic-auto-read-only",)
 
     filename: Str
     pr_manager: Str | None = None
