@@ -27,4 +27,4 @@ else
 fi
 
 echo "Installing qmpd$extra into .venv"
-"${pip[@]}" install --quiet --no-input --root-user-action=ignore --editable ".$extra"
+"${pip[@]}" install -qq --no-input --root-user-action=ignore --editable ".$extra"

@@ -39,7 +39,7 @@ async def watch(
         interrupt = _Interrupt(session.client, job, shown)
         ending: Ending | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(interrupt.serve, nursery.cancel_scope)
+            await nursery.start(interrupt.serve, nursery.cancel_scope)
             ending = await follow(session.client, events, job, shown, complete=complete, until_ready=until_ready)
             nursery.cancel_scope.cancel()
     if ending is None:
@@ -57,9 +57,12 @@ class _Interrupt:
     display: Display
     asking: bool = field(default=False)
 
-    async def serve(self, leave: trio.CancelScope) -> None:
+    async def serve(
+        self, leave: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         """Background task; cancelling ``leave`` ends the watching."""
         with trio.open_signal_receiver(signal.SIGINT) as signals:
+            task_status.started()
             async with trio.open_nursery() as nursery:
                 async for _ in signals:
                     if self.asking or not sys.stdin.isatty():

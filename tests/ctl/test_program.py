@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +214,103 @@ async def test_watch_without_a_name_needs_exactly_one_job(
     run = await qmpctl(daemon, "watch")
 
     assert (run.returncode, run.stderr.decode()) == (Exit.FAILED, f"qmpctl: {text}\n")
+
+
+async def started(daemon: FakeDaemon, *arguments: str, stdin: int = subprocess.DEVNULL) -> trio.Process:
+    """A program that is following a job; everything it could miss is set up."""
+    daemon.answers["query-jobs"] = lambda _: [job()]
+    process = await trio.lowlevel.open_process(
+        [sys.executable, "-m", "qmpd.ctl", "--socket", daemon.path, *arguments],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while not daemon.asked or daemon.asked[-1][0] != "query-jobs":
+        await trio.sleep(0)
+    return process
+
+
+async def read_until(stream: Any, text: bytes) -> bytes:
+    """What the stream says up to and including ``text``."""
+    seen = b""
+    while text not in seen:
+        part = await stream.receive_some()
+        assert part, seen
+        seen += part
+    return seen
+
+
+async def test_ctrl_c_leaves_the_job_running_where_nobody_can_answer(daemon: FakeDaemon) -> None:
+    """The watching ends, the job does not; the last line says how to look again."""
+    process = await started(daemon, "watch", "j0")
+
+    process.send_signal(signal.SIGINT)
+    await read_until(process.stderr, b"j0 goes on; 'qmpctl watch j0' looks at it again")
+
+    assert await process.wait() == Exit.INTERRUPTED
+    assert "job-cancel" not in dict(daemon.asked)
+
+
+async def question(daemon: FakeDaemon, keyboard: int, terminal: int, answer: bytes) -> trio.Process:
+    """A program that has been interrupted and has got its answer."""
+    process = await started(daemon, "watch", "j0", stdin=terminal)
+    process.send_signal(signal.SIGINT)
+    await read_until(process.stderr, b"go on watching (w)? ")
+    os.write(keyboard, answer)
+    return process
+
+
+async def conclude(daemon: FakeDaemon, event: str) -> dict[str, Any]:
+    """The end of j0."""
+    await daemon.emit(event, type="commit", device="j0", len=64 * MIB, offset=0, speed=0)
+    await daemon.status("j0", "concluded", "null")
+    return {}
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, int]]:
+    """Both ends of a pseudo-terminal."""
+    ends = pty.openpty()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+async def test_ctrl_c_at_a_terminal_can_cancel(daemon: FakeDaemon, terminal: tuple[int, int]) -> None:
+    """'c' cancels the job and waits for its end."""
+    daemon.answers["job-cancel"] = lambda _: conclude(daemon, "BLOCK_JOB_CANCELLED")
+
+    process = await question(daemon, *terminal, b"c\n")
+
+    assert await process.wait() == Exit.CANCELLED
+
+
+async def test_ctrl_c_at_a_terminal_can_be_taken_back(daemon: FakeDaemon, terminal: tuple[int, int]) -> None:
+    """'w' goes on watching to the end, which is a success."""
+    process = await question(daemon, *terminal, b"w\n")
+    await conclude(daemon, "BLOCK_JOB_COMPLETED")
+
+    assert await process.wait() == Exit.OK
+    assert "job-cancel" not in dict(daemon.asked)
+
+
+async def test_ctrl_c_twice_leaves(daemon: FakeDaemon, terminal: tuple[int, int]) -> None:
+    """The question can be answered with a second Ctrl-C."""
+    process = await question(daemon, *terminal, b"")
+    process.send_signal(signal.SIGINT)
+
+    assert await process.wait() == Exit.INTERRUPTED
+
+
+async def test_a_daemon_that_goes_away_ends_the_watching(daemon: FakeDaemon) -> None:
+    """One line, no traceback, and a status of its own."""
+    process = await started(daemon, "watch", "j0")
+
+    await daemon.hang_up()
+    said = await read_until(process.stderr, b"\n")
+
+    assert said == b"qmpctl: the daemon closed the connection\n"
+    assert await process.wait() == Exit.NO_CONNECTION
 
 
 async def test_no_daemon_is_a_status_of_its_own(tmp_path: Path) -> None:
