@@ -44,19 +44,22 @@ def content(layer: str, block: int) -> bytes:
 
 def build(folder: Path) -> None:
     """Make and fill base.qcow2 <- mid.qcow2 <- top.qcow2 in ``folder``."""
-    below: str | None = None
-    for layer in CHAIN:
+    for layer, below in zip(CHAIN, (None, *CHAIN), strict=False):
         path = folder / f"{layer}.qcow2"
         create_file(str(path), 0)
         file = FileStorage.open({}, {"filename": str(path)}, read_only=False)
-        create(file, CreateOptions(size=SIZE, backing_file=f"{below}.qcow2" if below else None, backing_format="qcow2"))
+        create(file, creation(below))
         image = Qcow2.open({"file": file}, {}, read_only=False)
         for block in FILLED[layer]:
             image.write(block * BLOCK, content(layer, block))
         image.flush()
         image.close()
         file.close()
-        below = layer
+
+
+def creation(below: str | None) -> CreateOptions:
+    """What an image over ``below`` is made with."""
+    return CreateOptions(SIZE, backing_file=f"{below}.qcow2", backing_fmt="qcow2") if below else CreateOptions(SIZE)
 
 
 @contextmanager
