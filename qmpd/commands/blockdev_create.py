@@ -120,5 +120,7 @@ def _qcow2_options(options: BlockdevCreateOptionsQcow2) -> CreateOptions:
     given: dict[str, Any] = {name: value for name in _SAME if (value := getattr(options, name)) is not None}
     if options.data_file_raw:
         given.setdefault("preallocation", PreallocMode.METADATA)
-    plain = {name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()}
+    plain: dict[str, Any] = {
+        name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()
+    }
     return CreateOptions(size=options.size, **plain)
