@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from enum import Enum, auto
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import orjson
 
 from qmpd.wire import grammar
+
+MAX_STRAY: Final = 64 << 10
+"""Bytes of an unfinished token that its complaint quotes. The peer sends back all of it, many megabytes if need be."""
 
 INT64_MIN: Final = -(1 << 63)
 UINT64_MAX: Final = (1 << 64) - 1
@@ -38,7 +41,7 @@ class DialectError(ValueError):
     @classmethod
     def stray(cls, token: bytes) -> DialectError:
         """A lexical error; ``token`` is unfinished and ends with the byte that does not fit."""
-        return cls(f"JSON parse error, stray '{text_of(token.partition(b'%c' % 0)[0])}'")
+        return cls(f"JSON parse error, stray '{text_of(token[:MAX_STRAY].partition(bytes(1))[0])}'")
 
 
 # ---------------------------------------------------------------------------------------------------------------- input
@@ -58,7 +61,12 @@ def parse(data: bytes | bytearray) -> Any:
         else:
             if not hides_duplicates(data, value):
                 return value
-    return _Builder(_tokens(data)).build()
+    tokens = _tokens(data)
+    value = _build(tokens)
+    with suppress(DialectError):  # what exactly follows does not matter
+        if next(tokens, None) is None:
+            return value
+    raise DialectError("Expecting at most one JSON value")
 
 
 def hides_duplicates(data: bytes | bytearray, value: Any) -> bool:
@@ -86,16 +94,12 @@ def _count_keys(value: Any) -> int:
     return keys
 
 
-class _Token(NamedTuple):
-    kind: int
-    text: bytes
-
-
-def _tokens(data: bytes | bytearray) -> Iterator[_Token]:
+def _tokens(data: bytes | bytearray) -> Iterator[tuple[int, bytes]]:
+    """The kinds and texts of the tokens. Raises DialectError at the first byte that fits none."""
     at = 0
     while match := grammar.TOKEN.match(data, at):
         kind = match.lastindex or 0
-        yield _Token(kind, bytes(match[kind]))
+        yield kind, bytes(match[kind])
         at = match.end()
     at = grammar.end_of(grammar.BLANK, data, at)
     if at < len(data):
@@ -103,101 +107,76 @@ def _tokens(data: bytes | bytearray) -> Iterator[_Token]:
         raise DialectError.stray(bytes(data[at : bad + 1]))
 
 
-class _State(Enum):
-    """What a value under construction waits for."""
+@dataclass(eq=False, slots=True)
+class _State:
+    """What comes next in a value under construction.
 
-    TOP = auto()
-    MEMBER_OR_END = auto()
-    KEY = auto()
-    COLON = auto()
-    VALUE = auto()
-    COMMA_OR_BRACE = auto()
-    ELEMENT_OR_END = auto()
-    ELEMENT = auto()
-    COMMA_OR_BRACKET = auto()
+    A token that is neither in ``moves`` nor ``end`` (of the container) must be a value, or draws the complaint if there
+    is one; ``then`` is the state behind a value.
+    """
 
-
-_MOVES: Final = {
-    (_State.COLON, b":"): _State.VALUE,
-    (_State.COMMA_OR_BRACE, b","): _State.KEY,
-    (_State.COMMA_OR_BRACKET, b","): _State.ELEMENT,
-}
-
-_ENDS: Final = {
-    (_State.MEMBER_OR_END, b"}"),
-    (_State.COMMA_OR_BRACE, b"}"),
-    (_State.ELEMENT_OR_END, b"]"),
-    (_State.COMMA_OR_BRACKET, b"]"),
-}
-
-#: What a token is told that fits no move. The states not listed take any value.
-_COMPLAINTS: Final = {
-    _State.COLON: "missing : in object pair",
-    _State.COMMA_OR_BRACE: "expected separator in dict",
-    _State.COMMA_OR_BRACKET: "expected separator in list",
-}
+    complaint: str = ""
+    moves: dict[bytes, _State] = field(default_factory=dict)
+    end: bytes = b""
+    then: _State | None = None
 
 
-class _Builder:
-    """Puts tokens together, without recursion: the dialect nests deeper than Python's stack."""
+_COMMA_OR_BRACE: Final = _State("expected separator in dict", end=b"}")
+_MEMBER: Final = _State(then=_COMMA_OR_BRACE)
+_COLON: Final = _State("missing : in object pair", {b":": _MEMBER})
+_KEY: Final = _State(then=_COLON)
+_KEY_OR_BRACE: Final = _State(end=b"}", then=_COLON)
+_COMMA_OR_BRACE.moves[b","] = _KEY
 
-    def __init__(self, tokens: Iterator[_Token]) -> None:
-        self._tokens = tokens
-        self._outer: list[tuple[Any, _State, str]] = []
-        self._container: Any = None
-        self._state = _State.TOP
-        self._key = ""
+_COMMA_OR_BRACKET: Final = _State("expected separator in list", end=b"]")
+_ELEMENT: Final = _State(then=_COMMA_OR_BRACKET)
+_ELEMENT_OR_BRACKET: Final = _State(end=b"]", then=_COMMA_OR_BRACKET)
+_COMMA_OR_BRACKET.moves[b","] = _ELEMENT
 
-    def build(self) -> Any:
-        for kind, text in self._tokens:
-            state = self._state
-            if kind == grammar.PUNCTUATION and (move := _MOVES.get((state, text))):
-                self._state = move
+_TOP: Final = _State()
+
+
+def _build(tokens: Iterator[tuple[int, bytes]]) -> Any:
+    """Put tokens together, without recursion: the dialect nests deeper than Python's stack."""
+    outer: list[tuple[Any, _State, str]] = []
+    container: Any = None
+    state, key = _TOP, ""
+    for kind, text in tokens:
+        if kind == grammar.PUNCTUATION:
+            if move := state.moves.get(text):
+                state = move
                 continue
-            if kind == grammar.PUNCTUATION and (state, text) in _ENDS:
-                value = self._container
-                self._container, self._state, self._key = self._outer.pop()
-            elif state in _COMPLAINTS:
-                raise DialectError.parse(_COMPLAINTS[state])
-            elif text == b"{":
-                self._open({}, _State.MEMBER_OR_END)
-                continue
-            elif text == b"[":
-                self._open([], _State.ELEMENT_OR_END)
+            if text == state.end:
+                value = container
+                container, state, key = outer.pop()
+            elif text in b"{[" and not state.complaint:
+                outer.append((container, state, key))
+                container, state = ({}, _KEY_OR_BRACE) if text == b"{" else ([], _ELEMENT_OR_BRACKET)
                 continue
             else:
-                value = _SCALARS[kind](text)
-            if self._state is _State.TOP:
-                return self._alone(value)
-            self._take(value)
-        raise DialectError.parse("premature EOI")
+                raise DialectError.parse(state.complaint or "expecting value")
+        elif state.complaint:
+            raise DialectError.parse(state.complaint)
+        else:
+            value = _SCALARS[kind](text)
+        if state.then is None:
+            return value
+        if state.then is _COMMA_OR_BRACKET:
+            container.append(value)
+        elif state.then is _COLON:
+            key = _checked_key(value)
+        elif key in container:
+            raise DialectError.parse("duplicate key")
+        else:
+            container[key] = value
+        state = state.then
+    raise DialectError.parse("premature EOI")
 
-    def _open(self, container: Any, state: _State) -> None:
-        self._outer.append((self._container, self._state, self._key))
-        self._container, self._state = container, state
 
-    def _take(self, value: Any) -> None:
-        """A value is complete: it is a key, a member or an element of what is open."""
-        match self._state:
-            case _State.VALUE:
-                if self._key in self._container:
-                    raise DialectError.parse("duplicate key")
-                self._container[self._key] = value
-                self._state = _State.COMMA_OR_BRACE
-            case _State.MEMBER_OR_END | _State.KEY:
-                if not isinstance(value, str):
-                    raise DialectError.parse("key is not a string in object")
-                self._key = value
-                self._state = _State.COLON
-            case _:
-                self._container.append(value)
-                self._state = _State.COMMA_OR_BRACKET
-
-    def _alone(self, value: Any) -> Any:
-        with suppress(DialectError):  # what exactly follows does not matter
-            if next(self._tokens, None) is None:
-                return value
-        raise DialectError("Expecting at most one JSON value")
+def _checked_key(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise DialectError.parse("key is not a string in object")
 
 
 def _string(token: bytes) -> str:
@@ -242,14 +221,9 @@ def _word(token: bytes) -> bool | None:
         raise DialectError.parse(f"invalid keyword '{token.decode()}'") from None
 
 
-def _punctuation(_token: bytes) -> Any:
-    raise DialectError.parse("expecting value")
-
-
 _WORDS: Final = {b"true": True, b"false": False, b"null": None}
 
-_SCALARS: Final = {
-    grammar.PUNCTUATION: _punctuation,
+_SCALARS: Final[dict[int, Callable[[bytes], Any]]] = {
     grammar.STRING: _string,
     grammar.INTEGER: _integer,
     grammar.FLOAT: float,
@@ -259,19 +233,11 @@ _SCALARS: Final = {
 
 def text_of(data: bytes) -> str:
     """Text from bytes of any origin: U+FFFD for each sequence that is not valid in the dialect."""
-    if data.isascii():
-        return data.decode()
-    parts, at = [], 0
-    for match in grammar.SEQUENCE.finditer(data):
-        parts += [data[at : match.start()].decode(), _sequence(match[0])]
-        at = match.end()
-    return "".join([*parts, data[at:].decode()])
-
-
-def _sequence(data: bytes) -> str:
-    if data == b"\xc0\x80":
-        return "\0"
-    return data.decode() if grammar.CONTENT.fullmatch(data) else "\ufffd"
+    parts = []
+    for run in grammar.RUN.finditer(data):
+        valid, null = run.groups()
+        parts.append(valid.decode() if valid else "\0" if null else "\ufffd")
+    return "".join(parts)
 
 
 # --------------------------------------------------------------------------------------------------------------- output

@@ -60,6 +60,7 @@ def _compile(pattern: bytes) -> re.Pattern[bytes]:
     return re.compile(pattern, re.VERBOSE | re.DOTALL)
 
 
+NOTHING: Final = _compile(rb"")
 BLANK: Final = _compile(rb"[ \t\r\n]*+")
 
 #: One complete token behind any blanks; the group tells its kind. A number or a word that reaches the end of the data
@@ -72,10 +73,12 @@ TOKEN: Final = _compile(
 #: By opening quote: a string up to its closing quote, to a byte that does not fit, or to a backslash at the end.
 STRING_REST: Final = {ord('"'): _compile(_DOUBLE_QUOTED), ord("'"): _compile(_SINGLE_QUOTED)}
 
+_EXPONENT_BEGIN = rb"(?: [eE][+-]?+[0-9]*+ )?+"
+
 #: The longest beginning of a number where TOKEN finds none: the byte behind it does not fit.
 NUMBER_BEGIN: Final = _compile(
-    rb"-?+(?: 0(?: \.(?: [0-9]++(?: [eE][+-]?+ )?+ )?+ )?+"
-    rb"| [1-9][0-9]*+(?: \.(?: [0-9]++(?: [eE][+-]?+ )?+ )?+ | [eE][+-]?+ )?+ )?+"
+    rb"-?+(?: 0(?: \.(?: [0-9]++ %b )?+ )?+ | [1-9][0-9]*+(?: \.(?: [0-9]++ %b )?+ | %b ) )?+"
+    % (_EXPONENT_BEGIN, _EXPONENT_BEGIN, _EXPONENT_BEGIN)
 )
 
 DIGITS: Final = _compile(rb"[0-9]*+")
@@ -84,8 +87,12 @@ LETTERS: Final = _compile(rb"[a-z]*+")
 #: Where tokenising starts again after a lexical error. The byte found is a token, a blank, or an error of its own.
 RESYNC: Final = _compile(rb"[\[\]{}:,\x00-\x08\x0a-\x1f\xfe\xff]")
 
-#: What counts in a value that is being thrown away: brackets, quotes, line ends, and the bytes that reset a tokeniser.
-LANDMARK: Final = _compile(rb"""[\[\]{}"'\n\x00-\x08\x0b\x0c\x0e-\x1f\xfe\xff]""")
+#: The next thing that counts in a value that is being thrown away (group 1): a bracket, the quote of a string that is
+#: not complete, a line end, or a byte that always resets the tokeniser.
+LANDMARK: Final = _compile(
+    rb"""(?: [^\[\]{}"'\n\x00-\x08\x0b\x0c\x0e-\x1f\xfe\xff]++ | "%b" | '%b' )*+ (.)"""
+    % (_DOUBLE_QUOTED, _SINGLE_QUOTED)
+)
 
 #: As much of a string's content as is acceptable.
 CONTENT: Final = _compile(rb"""(?: [\x20-\x5b\x5d-\x7f]++ | \\(?:%b|') | %b | \xc0\x80 )*+""" % (_ESCAPES, _UTF8))
@@ -93,10 +100,13 @@ CONTENT: Final = _compile(rb"""(?: [\x20-\x5b\x5d-\x7f]++ | \\(?:%b|') | %b | \x
 #: A \\u escape that is not acceptable, as a complaint quotes it: both halves of a pair, else six bytes.
 BAD_ESCAPE: Final = _compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2} | \\u.{0,4}")
 
-#: One sequence that is not ASCII, well-formed or not: a lead byte with the continuation bytes it may claim.
-SEQUENCE: Final = _compile(
-    rb"""[\xc0-\xdf][\x80-\xbf]? | [\xe0-\xef][\x80-\xbf]{0,2} | [\xf0-\xf7][\x80-\xbf]{0,3}
+#: Bytes of any origin: a run of valid text (group 1), a modified U+0000 (group 2), or a sequence that is not valid,
+#: which is a lead byte with the continuation bytes it may claim.
+RUN: Final = _compile(
+    rb"""((?: [\x00-\x7f]++ | %b )++) | (\xc0\x80)
+    | [\xc0-\xdf][\x80-\xbf]? | [\xe0-\xef][\x80-\xbf]{0,2} | [\xf0-\xf7][\x80-\xbf]{0,3}
     | [\xf8-\xfb][\x80-\xbf]{0,4} | [\xfc\xfd][\x80-\xbf]{0,5} | [\x80-\xbf\xfe\xff]"""
+    % _UTF8
 )
 
 #: Text all of whose tokens mean the same to a strict JSON parser. It says nothing about their order.

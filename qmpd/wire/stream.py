@@ -49,7 +49,7 @@ class Framer:
         self._start = 0
         self._at = 0  # everything before has been dealt with
         self._token = 0  # where the unfinished token begins
-        self._rest = grammar.BLANK  # how the unfinished token goes on
+        self._rest = grammar.NOTHING  # how the unfinished token goes on
         self._items: list[Any] = []
         self._restart(0)
         self._step = self._between  # does what is next; False if that needs more data
@@ -63,10 +63,11 @@ class Framer:
         self._items = []
         while self._step():
             pass
-        del self._text[: self._start]
-        self._at -= self._start
-        self._token -= self._start
-        self._start = 0
+        if self._start:
+            del self._text[: self._start]
+            self._at -= self._start
+            self._token -= self._start
+            self._start = 0
         return self._items
 
     def finish(self) -> list[Any]:
@@ -192,7 +193,7 @@ class Framer:
 
     # ----------------------------------------------------------------------------------------------- beyond a limit
 
-    def _give_up(self, at: int, rest: re.Pattern[bytes] = grammar.BLANK) -> bool:
+    def _give_up(self, at: int, rest: re.Pattern[bytes] = grammar.NOTHING) -> bool:
         """The value is too big: complain once, then throw away what is left of it, from ``at`` on.
 
         ``rest`` tells how the token goes on that ``at`` is in.
@@ -227,11 +228,11 @@ class Framer:
         """Follow the brackets of a value that is too big until it ends."""
         text = self._text
         while self._braces > 0 or self._brackets > 0:
-            match = grammar.LANDMARK.search(text, self._at)
+            match = grammar.LANDMARK.match(text, self._at)
             if match is None:
                 self._discard(len(text))
                 return False
-            at, mark = match.start(), match[0][0]
+            at, mark = match.start(1), match[1][0]
             if mark in _NESTING:
                 brace, bracket = _NESTING[mark]
                 self._braces += brace
@@ -265,7 +266,7 @@ def _parsed(text: bytes | bytearray) -> Any:
     try:
         return parse(text)
     except DialectError as error:
-        return error
+        return error.with_traceback(None)  # a value now; frames would only keep the text alive
 
 
 def parse_only(text: bytes) -> Any:
@@ -277,7 +278,7 @@ def parse_only(text: bytes) -> Any:
     items = framer.feed(text)
     items += framer.finish()
     if not items:
-        raise DialectError.parse("expecting value")
+        raise DialectError.parse("premature EOI")
     if isinstance(items[0], DialectError):
         raise items[0]
     if len(items) > 1:
