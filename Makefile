@@ -31,6 +31,7 @@ lint: .venv/.dev  ## ruff, both halves
 
 types: .venv/.dev  ## mypy --strict
 	$(BIN)/mypy
+	$(BIN)/mypy --strict demo/*.py tools/*.py
 
 check-generated: .venv/.dev  ## are schema/ and docs/compatibility.md what the code says?
 	$(BIN)/python tools/schema.py --check

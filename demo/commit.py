@@ -91,9 +91,9 @@ async def daemon(folder: Path) -> AsyncIterator[str]:
     finally:
         process.kill()  # does nothing to a process that has ended
         with trio.CancelScope(shield=True):
-            await process.wait()
-    if process.returncode != 0:
-        raise subprocess.CalledProcessError(process.returncode, "qmpd")
+            status = await process.wait()
+    if status != 0:
+        raise subprocess.CalledProcessError(status, "qmpd")
 
 
 def node(layer: str, below: str | None) -> dict[str, object]:
