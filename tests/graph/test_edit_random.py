@@ -142,7 +142,7 @@ def trip_driver(data: st.DataObject, graph: Graph) -> Change:
 CHANGES = [attach_user, attach_format, put_filter, replace, move, detach, reopen, freeze, block, trip_driver]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_an_edit_happens_wholly_or_not_at_all(data: st.DataObject) -> None:
     """Whatever is combined in one edit: refused means identical, done means consistent."""
