@@ -1,1 +1,10 @@
-"""TODO-docstring"""
+"""The QMP surface, a module a family: models and thin handlers side by side.
+
+Importing this package registers everything in :mod:`qmpd.control.registry`.
+"""
+
+from __future__ import annotations
+
+from qmpd.commands import block_commit, block_queries, blockdev, blockdev_create, core, jobs, objects
+
+__all__ = ["block_commit", "block_queries", "blockdev", "blockdev_create", "core", "jobs", "objects"]

@@ -27,7 +27,7 @@ class Bridge:
         self._limiter: trio.CapacityLimiter | None = None
 
     async def to_worker(self, fn: Callable[..., T], *args: Any) -> T:
-        """Run ``fn(*args)`` in a worker thread; its result or exception. A cancellation is seen only before the start."""
+        """Run ``fn(*args)`` in a worker thread; its result or exception. Cancellation is seen before the start only."""
         return await trio.to_thread.run_sync(fn, *args, abandon_on_cancel=False, limiter=self._tokens())
 
     async def run_steps(self, steps: Steps[T]) -> T:
@@ -38,7 +38,8 @@ class Bridge:
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
-            return await self._drive(steps)
+            value = await self._drive(steps)
+        return value  # noqa: RET504  for all mypy knows, a cancel scope may swallow the return
 
     async def _drive(self, steps: Steps[T]) -> T:
         result: outcome.Outcome[Any] = outcome.Value(None)

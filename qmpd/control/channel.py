@@ -1,7 +1,7 @@
 """A client's byte stream and what still waits to be written to it.
 
-Both work on file descriptors rather than on trio's streams: a reply can then be handed to the kernel at once, from plain
-code, and a task switch is needed only when the kernel will not take it.
+Both work on file descriptors rather than on trio's streams: a reply can then be handed to the kernel at once, from
+plain code, and a task switch is needed only when the kernel will not take it.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def _pollable(fd: int) -> bool:
 class Outbox:
     """Messages on their way to one client, in order.
 
-    Replies are :meth:`put` and then flushed in one go; the client itself sets the pace (:meth:`wait_for_room`). Events are
-    :meth:`publish`-ed and nobody waits, so a client that does not read them is given up at :data:`HARD_LIMIT`.
+    Replies are :meth:`put` and then flushed in one go; the client itself sets the pace (:meth:`wait_for_room`). Events
+    are :meth:`publish`-ed and nobody waits, so a client that does not read them is given up at :data:`HARD_LIMIT`.
     """
 
     def __init__(self, channel: Channel, *, pretty: bool, on_lost: Callable[[str], None]) -> None:
@@ -149,7 +149,7 @@ class Outbox:
             await self._next_progress()
 
     async def drain(self) -> None:
-        """Until everything is with the kernel, or the client is lost."""
+        """Until everything is with the kernel, or the client is lost; :meth:`pump` does it."""
         while self._pending:
             await self._next_progress()
 

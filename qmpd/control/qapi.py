@@ -315,7 +315,7 @@ class QapiModel(BaseModel):
     #: Tag -> branch; set on a union's base only.
     branches: ClassVar[dict[str, type[QapiModel]]] = {}
     #: Special features of the type in introspection.
-    features: ClassVar[tuple[str, ...]] = ()
+    type_features: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(
         cls, *, discriminator: str | None = None, branch: str | tuple[str, ...] = (), **kwargs: Any

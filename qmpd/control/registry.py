@@ -6,8 +6,9 @@ A family module registers its handlers at import::
     async def block_job_set_speed(ctx: Context, args: BlockJobSetSpeed) -> None: ...
 
 The arguments' model is the annotation of the handler's second parameter; a handler without one takes no arguments.
-Handlers are plain or async functions on the control thread. They return JSON values or models, ``None`` for an empty
-result, and raise :class:`qmpd.errors.QmpdError`; nobody but the server turns that into a reply.
+Handlers are plain or async functions on the control thread. They return a model, a list of models, plain JSON values
+(no models inside) or ``None`` for an empty result, and raise :class:`qmpd.errors.QmpdError`; nobody but the server
+turns that into a reply.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
@@ -24,6 +26,9 @@ from qmpd.errors import Kind, QmpdError
 
 if TYPE_CHECKING:
     from qmpd.control.bus import Bus
+    from qmpd.control.manager import JobManager
+    from qmpd.control.objects import ObjectStore
+    from qmpd.graph.edit import Graph
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,10 +52,10 @@ class Context:
     all else is shared. ``rooms`` holds services by name that only some families know (exports, character devices, ...).
     """
 
-    graph: Any
-    jobs: Any
+    graph: Graph
+    jobs: JobManager
     bus: Bus
-    objects: Any
+    objects: ObjectStore
     shutdown: Callable[[], Awaitable[None]]
     graph_lock: trio.Lock = field(default_factory=trio.Lock)
     rooms: dict[str, Any] = field(default_factory=dict)
@@ -85,8 +90,12 @@ class Command:
         return self.handler(ctx)
 
     def finish(self, result: Any) -> Any:
-        """A handler's return value as the reply's ``return``."""
-        return {} if result is None else wire_value(result)
+        """A handler's return value as the reply's ``return``. Plain values are not searched for models."""
+        if result is None:
+            return {}
+        if isinstance(result, list):
+            return [item.to_wire() if isinstance(item, QapiModel) else item for item in result]
+        return wire_value(result) if isinstance(result, QapiModel | Enum) else result
 
     async def call(self, ctx: Context, arguments: Mapping[str, Any] | None = None, source: Source = WIRE) -> Any:
         """Run the command to its end and return its result as JSON values; ``{}`` for none. Raises QmpdError."""
