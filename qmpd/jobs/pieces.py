@@ -41,12 +41,12 @@ class Pieces:
         self._rate = np.where(kind == RunKind.ZERO, 1, np.where(self._is_allocated, ZERO_SHARE, 0)).astype(np.int64)
         self._effort = _before(runs.length * self._rate)
         self._allocated = _before(np.where(self._is_allocated, runs.length, 0))
-        #: Where "allocated above base?" changes its answer.
-        changes = np.flatnonzero(np.diff(self._is_allocated)) + 1
+        #: Where another layer, or none, begins to answer.
+        changes = np.flatnonzero(np.diff(runs.layer)) + 1
         self._turns = np.append(runs.offset[changes], self.end)
 
     def step(self, offset: int) -> Piece:
-        """The peer's step: of one answer throughout; at most a chunk if allocated, all there is if not."""
+        """The peer's step: from one layer throughout; at most a chunk if allocated, all there is if not."""
         length = int(self._turns[np.searchsorted(self._turns, offset, "right")]) - offset
         if not self._is_allocated[self._index(offset)]:
             return Piece(length, 0)
