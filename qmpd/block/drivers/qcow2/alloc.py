@@ -64,6 +64,21 @@ class Allocator:
         clusters = found[0] if len(found) == 1 else np.concatenate(found)
         return self._accept(clusters)
 
+    def allocate_one(self) -> int:
+        """One cluster; as :meth:`allocate`, without arrays where the cursor stands on a free cluster."""
+        image, cluster = self._image, self._cursor
+        index, position = divmod(cluster, self._refcounts.per_block)
+        block = self._refcounts.block(index)
+        end = (cluster + 1) * image.geometry.cluster_size
+        fits = end <= MAX_HOST and (getattr(image.file, "growable", False) or end <= image.file.length)
+        if block is None or block.data[position] or not fits or image.overlap.at(cluster):
+            return int(self.allocate(1)[0])
+        block.data[position] = 1
+        image.meta.refcount_blocks.touch(block, position, position + 1)
+        self._cursor = cluster + 1
+        self.virgin = max(self.virgin, cluster + 1)
+        return cluster
+
     def _take_here(self, count: int) -> I64:
         """Free clusters from the cursor on, within one refcount block; moves the cursor."""
         index, position = divmod(self._cursor, self._refcounts.per_block)
@@ -165,20 +180,26 @@ class Allocator:
         used = blocks + table_clusters + extra
         if (start + used) * self._image.geometry.cluster_size > MAX_HOST:
             raise QmpdError(strerror(errno.EFBIG), Kind.IO, errno=errno.EFBIG)
-        old = len(table)
+        old = table.entries
         if table_clusters:
-            grown = np.zeros(table_clusters * self._image.geometry.cluster_size // 8, np.uint64)
-            grown[:old] = table.entries
-            table.entries = grown
+            table.entries = np.zeros(table_clusters * self._image.geometry.cluster_size // 8, np.uint64)
+            table.entries[: len(old)] = old
         try:
             self._add_blocks(index, start, blocks, used)
             if table_clusters:
                 self._move_table(start + blocks, table_clusters)
         except QmpdError:
-            if table_clusters:
-                table.entries = table.entries[:old].copy()
+            self._forget_blocks(index, start, blocks)
+            table.entries = old
             raise
         return start + blocks + table_clusters
+
+    def _forget_blocks(self, index: int, first: int, count: int) -> None:
+        """Undo :meth:`_add_blocks`, before anything on disk points there."""
+        for i in range(count):
+            self._image.meta.refcount_blocks.forget((first + i) * self._image.geometry.cluster_size)
+            self._image.meta.refcount_table.revert(index + i)
+            self._image.overlap.blocks.discard(first + i)
 
     def _plan_region(self, index: int, extra: int) -> tuple[int, int]:
         """Blocks and table clusters that a region starting at block ``index`` needs."""
@@ -220,6 +241,10 @@ class Allocator:
         """Clusters that no entry ever pointed at: free at once."""
         if len(clusters):
             self._drop(clusters)
+
+    def give_back_one(self, cluster: int) -> None:
+        """The same for a single cluster."""
+        self._drop(np.array([cluster], np.int64))
 
     def free_later(self, clusters: I64, *, discard: bool = False) -> None:
         """References that no entry in memory holds any more: given up once that is durable."""

@@ -96,6 +96,14 @@ class TableCache:
             self._tables.move_to_end(offset)
         return table
 
+    def cached(self, offset: int) -> Table | None:
+        """The table, if it is in memory."""
+        return self._tables.get(offset)
+
+    def changed(self, offset: int) -> bool:
+        """Has the table changes that are not on disk?"""
+        return offset in self._dirty
+
     def peek(self, offset: int) -> Array:
         """The content, not kept if it was not cached: for scans larger than the cache."""
         table = self._tables.get(offset)
@@ -185,6 +193,11 @@ class PointerTable:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def revert(self, index: int) -> None:
+        """The entry is 0 again, as it is on disk."""
+        self.entries[index] = 0
+        self._dirty.discard(index)
 
     @property
     def dirty(self) -> bool:

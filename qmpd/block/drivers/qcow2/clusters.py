@@ -82,17 +82,26 @@ class Clusters:
 
     def table(self, l1_index: int) -> Table | None:
         """The L2 table for reading."""
+        l1, l2 = self._image.meta.l1.entries, self._image.meta.l2
+        if l1_index >= len(l1):
+            return None
+        table = l2.cached(int(l1[l1_index]) & OFFSET_MASK)
+        if table is not None:
+            return table
         offset = self.table_offset(l1_index)
-        return self._image.meta.l2.get(offset) if offset else None
+        return l2.get(offset) if offset else None
 
     def writable_table(self, l1_index: int) -> Table:
         """The L2 table for changing: a missing one is made, a shared one is copied first."""
         image, size = self._image, self._geometry.cluster_size
+        offset = image.meta.l1[l1_index] & OFFSET_MASK
+        if image.meta.l2.changed(offset):
+            return image.meta.l2.get(offset)  # looked at when it was changed first
         offset = self.table_offset(l1_index)
         if image.meta.l1[l1_index] & COPIED:
             if not offset:
                 raise image.corruption(f"L1 entry {l1_index:#x} has no L2 table, but the copied flag")
-            if offset >= image.file_end:
+            if offset >= image.frontier:
                 raise image.corruption(f"L2 table offset {offset:#x} behind the end of the file")
             if image.refcounts.get(offset // size) != 1:
                 raise image.corruption(f"L2 table at {offset:#x} has the copied flag, but its refcount is not 1")
@@ -173,7 +182,7 @@ class Clusters:
         reserved = L2_RESERVED & ~ZERO | (ZERO if self._geometry.extended else 0)
         if (entries & np.uint64(reserved)).any():
             raise image.corruption(f"L2 entry {int(entries[0]):#x} has reserved bits set")
-        if int(host.max()) >= image.file_end:
+        if int(host.max()) >= image.frontier:
             raise image.corruption(f"Cluster offset {int(host.max()):#x} behind the end of the file")
         clusters = host // self._geometry.cluster_size
         name = image.overlap.any(clusters)

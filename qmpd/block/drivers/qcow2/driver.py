@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, Self
 
-import numpy as np
-
 from qmpd.block.api import BackingReference, BlockDevice, Buffer, Driver, ImageInfo
 from qmpd.block.drivers.qcow2 import header as hdr
 from qmpd.block.drivers.qcow2.clusters import Clusters
@@ -113,7 +111,7 @@ class Qcow2(Driver):
         return self._reader.map(offset, length)
 
     def place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
-        return self.place_ranges(np.array([offset], np.int64), np.array([length], np.int64))
+        return self._writer.place_one(offset, length)
 
     def place_ranges(self, offset: I64, length: I64) -> AbstractContextManager[Runs]:
         """:meth:`place` for many ranges at once (ascending, disjoint, in bytes, whole clusters each).

@@ -76,6 +76,11 @@ class Image:
         """Length of the image file rounded up to clusters, bytes."""
         return align_up(self.file.length, self.geometry.cluster_size)
 
+    @property
+    def frontier(self) -> int:
+        """Entries may point below this: the file's end, or that of space taken but not written yet, bytes."""
+        return max(self.file_end, self.alloc.virgin * self.geometry.cluster_size)
+
     def set_file(self, file: BlockDevice) -> None:
         """The same bytes through another device. Nothing in flight."""
         self.file = file
@@ -105,16 +110,23 @@ class Image:
             _log.error("qcow2: could not mark the image as corrupt: %s", error)
 
     def check_alive(self) -> None:
-        """Raises for an image found corrupt while writable."""
+        """Raises for an image found corrupt while writable, or whose header could not be written."""
         if self._dead is not None:
-            raise QmpdError(f"Image is marked corrupt: {self._dead.desc}", Kind.CORRUPT)
+            raise QmpdError(f"Image takes no more writes: {self._dead.desc}", Kind.CORRUPT)
 
     # -- the header on disk ----------------------------------------------------------------------------------------
 
     def write_header_field(self, offset: int, data: bytes) -> None:
-        """Overwrite a few bytes of the header and sync: small enough for one sector, hence atomic."""
-        self.file.write(offset, data)
-        self.file.flush()
+        """Overwrite a few bytes of the header and sync: small enough for one sector, hence atomic.
+
+        Raises the file's errors. What the header says is uncertain then, so the image takes no more writes.
+        """
+        try:
+            self.file.write(offset, data)
+            self.file.flush()
+        except QmpdError as error:
+            self._dead = self._dead or error
+            raise
 
     def write_header(self, new: Header) -> None:
         """Replace the header durably, touching only the sectors that change."""
@@ -139,9 +151,9 @@ class Image:
         self.file.flush()
         if pending:
             with self.lock:
-                if self._dead is None:
-                    self.meta.flush(self.alloc.release)
-                    self.meta.trim()
+                self.check_alive()
+                self.meta.flush(self.alloc.release)
+                self.meta.trim()
 
     def settle(self) -> None:
         """At the end of a request, lock held: keep the caches within bounds."""

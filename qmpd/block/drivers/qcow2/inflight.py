@@ -21,23 +21,26 @@ class Claim:
 
     __slots__ = ("begin", "end", "high", "low", "owner")
 
-    def __init__(self, begin: I64, end: I64) -> None:
+    def __init__(self, low: int, high: int, begin: I64 | None = None, end: I64 | None = None) -> None:
+        """``[low, high)``, or of that the parts ``[begin[i], end[i])`` only."""
+        self.low, self.high = low, high
         self.begin, self.end = begin, end
-        self.low, self.high = int(begin[0]), int(end[-1])
         self.owner = threading.get_ident()
 
     def meets(self, start: int, stop: int) -> bool:
         if stop <= self.low or self.high <= start or self.owner == threading.get_ident():
             return False
+        if self.begin is None or self.end is None:
+            return True
         at = int(np.searchsorted(self.end, start, "right"))
         return at < len(self.begin) and int(self.begin[at]) < stop
 
     def collides(self, other: Claim) -> bool:
         if other.high <= self.low or self.high <= other.low or self.owner == other.owner:
             return False
-        at = np.searchsorted(self.end, other.begin, "right")
-        known = at < len(self.begin)
-        return bool((self.begin[at[known]] < other.end[known]).any())
+        if other.begin is None or other.end is None:
+            return self.meets(other.low, other.high)
+        return any(self.meets(low, high) for low, high in zip(other.begin.tolist(), other.end.tolist(), strict=True))
 
 
 class Inflight:

@@ -69,7 +69,7 @@ class Refcounts:
             return None
         if offset % self._image.geometry.cluster_size:
             raise self._image.corruption(f"Refblock offset {offset:#x} unaligned (reftable index: {c_hex(index)})")
-        if offset >= self._image.file_end:
+        if offset >= self._image.frontier:
             raise self._image.corruption(f"Refblock offset {offset:#x} behind the end of the file")
         return self._image.meta.refcount_blocks.get(offset)
 

@@ -87,6 +87,11 @@ class Geometry:
         """L1 entries needed for a disk of ``size`` bytes."""
         return ceil_div(size, self.span)
 
+    def touched(self, low: int, high: int) -> int:
+        """Mask of the units that bytes ``[low, high)`` of a cluster fall into."""
+        first, end = low // self.unit_size, ceil_div(high, self.unit_size)
+        return ((1 << (end - first)) - 1) << first
+
     def compressed_span(self, entry: int) -> tuple[int, int]:
         """Host offset and number of bytes a compressed entry may use."""
         shift = 62 - (self.cluster_bits - 8)

@@ -8,7 +8,7 @@ synced here: the cache's flush puts data and counts on disk before the entries t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
@@ -21,14 +21,14 @@ from qmpd.block.drivers.qcow2.image import Image
 from qmpd.block.drivers.qcow2.inflight import Claim
 from qmpd.block.drivers.qcow2.reading import Reader
 from qmpd.block.drivers.qcow2.repair import rebuild_refcounts
-from qmpd.block.drivers.qcow2.tables import COMPRESSED, COPIED, I64, L2_RESERVED, OFFSET_MASK, U64, ZERO, Bools
+from qmpd.block.drivers.qcow2.single import Single
+from qmpd.block.drivers.qcow2.tables import I64, U64, Bools
 from qmpd.block.extents import RunKind, Runs
 from qmpd.errors import Kind, QmpdError
-from qmpd.units import MIB, ceil_div
+from qmpd.units import MIB
 
 #: Larger writes are cut into pieces of this size, so that none holds up its neighbours for long.
 _PIECE: Final = 64 * MIB
-_NOT_IN_PLACE: Final = COMPRESSED | L2_RESERVED
 
 
 @dataclass(slots=True)
@@ -54,6 +54,7 @@ class Writer:
         self._clusters = clusters
         self._reader = reader
         self._geometry = image.geometry
+        self._single = Single(image, clusters, reader, self.begin)
         self._ready = False
         self._bitmaps_dropped = False
 
@@ -101,48 +102,8 @@ class Writer:
     def write(self, offset: int, data: memoryview) -> None:
         for start in range(0, len(data), _PIECE):
             piece = data[start : start + _PIECE]
-            if not self._write_in_place(offset + start, piece):
+            if not self._single.write(offset + start, piece):
                 self._write_mapped(offset + start, piece)
-
-    def _write_in_place(self, offset: int, data: memoryview) -> bool:
-        """Writes inside one cluster that is this image's own. False if it is something else."""
-        image, geometry = self._image, self._geometry
-        end = offset + len(data)
-        if offset >> geometry.cluster_bits != (end - 1) >> geometry.cluster_bits:
-            return False
-        with image.lock:
-            self.begin()
-            image.inflight.wait(offset, end)
-            host = self._place_of(offset, end)
-            if not host:
-                return False
-            ticket = image.inflight.enter()
-        try:
-            image.file.write(host, data)
-        finally:
-            image.inflight.leave(ticket)
-        return True
-
-    def _place_of(self, offset: int, end: int) -> int:
-        """Host offset at which ``[offset, end)``, inside one cluster, may be overwritten; 0 if it may not."""
-        image, geometry = self._image, self._geometry
-        table = self._clusters.table(offset >> geometry.span_bits)
-        if table is None:
-            return 0
-        row = table.data[(offset >> geometry.cluster_bits) & (geometry.l2_entries - 1)]
-        entry = int(row[0])
-        host = entry & OFFSET_MASK
-        if not entry & COPIED or entry & (_NOT_IN_PLACE | ZERO) or not host or host & (geometry.cluster_size - 1):
-            return 0
-        inner = offset & (geometry.cluster_size - 1)
-        if geometry.extended:
-            touched = self._touched(inner, inner + end - offset)
-            if int(row[1]) & touched != touched or int(row[1]) >> 32 & touched:
-                return 0
-        cluster = host >> geometry.cluster_bits
-        if image.refcounts.get(cluster) != 1 or host >= image.file_end or image.overlap.at(cluster):
-            return 0  # the long way finds out again, and says what is wrong
-        return host + inner
 
     def _write_mapped(self, offset: int, data: memoryview) -> None:
         geometry = self._geometry
@@ -216,15 +177,10 @@ class Writer:
 
     # -- copy-on-write ---------------------------------------------------------------------------------------------
 
-    def _touched(self, low: int, high: int) -> int:
-        """Mask of the units that bytes ``[low, high)`` of a cluster fall into."""
-        first, end = low // self._geometry.unit_size, ceil_div(high, self._geometry.unit_size)
-        return ((1 << (end - first)) - 1) << first
-
     def _fill_around(self, plan: Plan, row: int, low: int, high: int) -> int:
         """Copy what must come along when bytes ``[low, high)`` of a cluster are written. Returns the units needed."""
         states = plan.states
-        needed = self._touched(low, high)
+        needed = self._geometry.touched(low, high)
         if states.compressed[row]:
             needed = self._clusters.all_units
         allocated = int(states.allocated[row])
@@ -262,9 +218,20 @@ class Writer:
 
     # -- place -----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def place(self, offset: I64, length: I64) -> Iterator[Runs]:
+    def place(self, offset: I64, length: I64) -> AbstractContextManager[Runs]:
         """Whole clusters for a caller who fills them (see BlockDevice.place), several ranges at once."""
+        return self._place(offset, length)
+
+    def place_one(self, offset: int, length: int) -> AbstractContextManager[Runs]:
+        """The same for one range."""
+        if length == self._geometry.cluster_size:
+            single = self._single.place(offset)
+            if single is not None:
+                return single
+        return self._place(np.array([offset], np.int64), np.array([length], np.int64))
+
+    @contextmanager
+    def _place(self, offset: I64, length: I64) -> Iterator[Runs]:
         geometry = self._geometry
         clusters = _cluster_numbers(offset, length, geometry.cluster_bits)
         with self.remapping(clusters) as plan:
@@ -298,8 +265,8 @@ class Writer:
 
 def _claim(clusters: I64, size: int) -> Claim:
     if int(clusters[-1]) - int(clusters[0]) == len(clusters) - 1:
-        return Claim(clusters[:1] * size, clusters[-1:] * size + size)
-    return Claim(clusters * size, clusters * size + size)
+        return Claim(int(clusters[0]) * size, int(clusters[-1]) * size + size)
+    return Claim(int(clusters[0]) * size, int(clusters[-1]) * size + size, clusters * size, clusters * size + size)
 
 
 def _cluster_numbers(offset: I64, length: I64, bits: int) -> I64:

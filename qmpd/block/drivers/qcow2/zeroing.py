@@ -182,6 +182,6 @@ class Eraser:
 
     def claim_everything(self) -> Claim:
         """Keep all others from remapping anything (resizing); lock held."""
-        claim = Claim(np.array([0], np.int64), np.array([1 << 62], np.int64))
+        claim = Claim(0, 1 << 63)
         self._image.inflight.claim(claim)
         return claim
