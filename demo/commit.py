@@ -50,7 +50,7 @@ async def demo(folder: Path) -> int:
         async with daemon(folder) as socket, connect(socket) as client, connect(socket) as onlooker:
             say("\nThe chain before:")
             await show_chain(client)
-            say(f"\nCommitting mid into base at {text.rate(SPEED)}, while top stays in use:")
+            say(f"\nCommitting mid into base at {text.rate(SPEED)}, with top open above them:")
             with onlooker.events("JOB_STATUS_CHANGE") as seen:
                 ending = await commit(client)
                 await tell(seen)
