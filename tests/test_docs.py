@@ -80,12 +80,9 @@ def test_the_demo_succeeds(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output"]
 
 
-@pytest.mark.parametrize("tool", ["compat.py", "schema.py"])
-def test_generated_files_are_up_to_date(tool: str) -> None:
-    """What is checked in is what the generator would write."""
-    run = subprocess.run(
-        [sys.executable, ROOT / "tools" / tool, "--check"], capture_output=True, text=True, check=False
-    )
+def test_the_compatibility_page_is_up_to_date() -> None:
+    """What is checked in is what `make docs` would write."""
+    run = subprocess.run([sys.executable, ROOT / "tools" / "compat.py", "--check"], capture_output=True, check=False)
 
     assert run.returncode == 0, run.stderr
 
