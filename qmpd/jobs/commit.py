@@ -80,11 +80,11 @@ class CommitJob(Job):
         check_speed(self._request.speed)
         cell.set_speed(self._request.speed)
         cell.set_total(self._length)
-        yield from quietly([self._plan.top], self._enter_graph)
-        overlays = self._overlays()
+        overlays = self._overlays(self._plan.top)
         self._headers = [(node.opened, self._new_backing.reference(node)) for node in overlays]
         self._blank_end = self._visible_end(overlays)
         self._layers = chain.layers(self._plan.top, self._plan.base)
+        yield from quietly([self._plan.top], self._enter_graph)
 
     def _enter_graph(self) -> None:
         plan = self._plan
@@ -240,7 +240,7 @@ class CommitJob(Job):
     def prepare(self) -> Steps[None]:
         """Base is durable: let the headers name it, then the links lead to it. A failure undoes both."""
         try:
-            overlays = self._overlays()
+            overlays = self._overlays(self._the_filter)
             self._new_backing.check(overlays)
             yield from self._blank_more(overlays)
             done = yield from header.rewrite(self._graph, overlays, self._new_backing)
@@ -271,10 +271,9 @@ class CommitJob(Job):
         assert self._filter is not None
         return self._filter
 
-    def _overlays(self) -> list[Node]:
-        """All images backed by top, seen through the filter."""
-        parents = (edge.parent for edge in chain.overlays(self._the_filter))
-        return [parent for parent in parents if isinstance(parent, Node)]
+    def _overlays(self, node: Node) -> list[Node]:
+        """All images backed by ``node``."""
+        return [edge.parent for edge in chain.overlays(node) if isinstance(edge.parent, Node)]
 
     def _visible_end(self, overlays: list[Node]) -> int:
         """How far an overlay that is longer than top would look into base, 0 if none does."""
