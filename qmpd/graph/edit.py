@@ -212,6 +212,11 @@ class Edit:
         """Change a plain attribute of a node, e.g. ``monitor_owned``."""
         self._assign(node, name, value)
 
+    def set_role(self, edge: Edge, role: Role) -> None:
+        """What a child is to its parent from now on (raw: a window of its file, or all of it)."""
+        if role != edge.role:
+            self._assign(edge, "role", role)
+
     # -- links -------------------------------------------------------------------------------------------------------
 
     def attach(

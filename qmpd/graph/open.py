@@ -171,7 +171,7 @@ class _Opener:
 
     def _register(self, node: Node, effective: NodeSpec) -> None:
         """From here on the name is taken."""
-        _check_common(effective)
+        check_common(effective)
         node.name = effective.node_name if effective.node_name is not None else self.graph.generate_name()
         with self.graph.edit() as edit:
             edit.add_node(node)
@@ -242,7 +242,7 @@ def _new_node(spec: NodeSpec, effective: NodeSpec, parent: Node | None) -> Node:
     )
 
 
-def _check_common(spec: NodeSpec) -> None:
+def check_common(spec: NodeSpec) -> None:
     """Combinations of common options that make no sense."""
     if spec.force_share and not spec.read_only:
         raise QmpdError("force-share=on can only be used with read-only images")

@@ -168,8 +168,8 @@ async def test_into_a_node(daemon: Daemon) -> None:
     node = daemon.graph.get("q")
     assert node.length == MIB
     assert await daemon.create(driver="qcow2", file="f", size=MIB) == (
-        "Permission conflict on node 'f': permissions 'write, resize' are both required by an unnamed block device (uses"
-        " node 'f' as 'root' child) and unshared by node 'q' (uses node 'f' as 'file' child)."
+        "Permission conflict on node 'f': permissions 'write, resize' are both required by an unnamed block device"
+        " (uses node 'f' as 'root' child) and unshared by node 'q' (uses node 'f' as 'file' child)."
     )
     await daemon.call("blockdev-del", node_name="q")
     await daemon.call("blockdev-del", node_name="f")

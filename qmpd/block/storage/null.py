@@ -36,7 +36,7 @@ class NullStorage(Driver):
         size, latency = options.get("size", GIB), options.get("latency-ns", 0)
         if not 0 <= size <= MAX_LENGTH:
             raise QmpdError(f"Value '{size}' is out of range for parameter 'size'")
-        if latency < 0:
+        if not 0 <= latency < 1 << 63:
             raise QmpdError("latency-ns is invalid")
         return cls(size, latency, known_zero=bool(options.get("read-zeroes", False)), read_only=read_only)
 
