@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -13,7 +13,7 @@ from qmpd.commands.blockdev_options import BlockdevDetectZeroesOptions, Blockdev
 from qmpd.control.qapi import WIRE, Bool, Int, QapiModel, Size, Str
 from qmpd.errors import QmpdError
 from qmpd.graph import chain
-from qmpd.graph.filename import filename_of, resolve_backing
+from qmpd.graph.filename import filenames_of, resolve_backing
 from qmpd.graph.node import Node
 
 # -- types -------------------------------------------------------------------------------------------------------------
@@ -165,18 +165,22 @@ class BlockDeviceInfo(QapiModel):
 
 def device_infos(nodes: Iterable[Node], *, flat: bool) -> list[BlockDeviceInfo]:
     """BlockDeviceInfo of each node, in the order given; ``flat`` leaves the images below out."""
-    images: dict[Node, ImageInfo] = {}
-    return [_device_info(node, _image_only(node) if flat else _image_chain(node, images)) for node in nodes]
+    wanted = list(nodes)
+    below = [each for node in wanted for each in chain.walk(node)]
+    names = filenames_of(reversed(below))
+    images = {node: _image(node, name) for node, name in names.items()}
+    deep: dict[Node, ImageInfo] = {}
+    return [_device_info(node, images[node] if flat else _chained(node, images, deep), names) for node in wanted]
 
 
-def _device_info(node: Node, image: ImageInfo) -> BlockDeviceInfo:
+def _device_info(node: Node, image: ImageInfo, names: Mapping[Node, str]) -> BlockDeviceInfo:
     spec, backing = node.spec, node.backing
     return BlockDeviceInfo(
         file=image.filename,
         node_name=node.name,
         ro=node.read_only,
         drv=node.driver_name,
-        backing_file=filename_of(backing) if backing else None,
+        backing_file=names[backing] if backing else None,
         backing_file_depth=_depth(image),
         active=node.active,
         encrypted=bool(image.encrypted),
@@ -200,20 +204,20 @@ def _depth(image: ImageInfo) -> int:
     return depth
 
 
-def _image_chain(node: Node, known: dict[Node, ImageInfo]) -> ImageInfo:
-    """The node's image with all images below it; ``known`` shares what several nodes have below them."""
+def _chained(node: Node, images: Mapping[Node, ImageInfo], deep: dict[Node, ImageInfo]) -> ImageInfo:
+    """The node's image with all images below it; ``deep`` shares what several nodes have below them."""
     below: ImageInfo | None = None
     for each in reversed(list(chain.walk(node))):
-        if each not in known:
-            known[each] = _image_only(each).model_copy(update={"backing_image": below})
-        below = known[each]
-    return known[node]
+        if each not in deep:
+            deep[each] = images[each].model_copy(update={"backing_image": below})
+        below = deep[each]
+    return deep[node]
 
 
-def _image_only(node: Node) -> ImageInfo:
+def _image(node: Node, name: str) -> ImageInfo:
     info = node.opened.info()
     image = ImageInfo(
-        filename=filename_of(node),
+        filename=name,
         format=node.driver_name,
         virtual_size=node.length,
         actual_size=_actual_size(node),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from qmpd.block.api import BackingReference
@@ -53,6 +53,12 @@ def filename_of(node: Node) -> str:
     return _describe(node)[node].name
 
 
+def filenames_of(nodes: Iterable[Node]) -> dict[Node, str]:
+    """:func:`filename_of` of all of them, in one pass over what they share."""
+    known: _Known = {}
+    return {node: _describe(node, known)[node].name for node in nodes}
+
+
 def is_backing_overridden(node: Node) -> bool:
     """Is the backing child another than the one the header names (or missing, or there without being named)?"""
     return _overridden(node, _describe(node))
@@ -64,11 +70,13 @@ def exact_filename(node: Node) -> str:
     return "" if name.startswith("json:") else name
 
 
-def _describe(node: Node) -> _Known:
+def _describe(node: Node, known: _Known | None = None) -> _Known:
     """Descriptions of the node and all below it. Children first, so that any depth takes linear time and no stack."""
-    known: _Known = {}
-    for below in reversed(node.subtree()):
-        known[below] = _describe_one(below, known)
+    known = {} if known is None else known
+    if node not in known:
+        for below in reversed(node.subtree()):
+            if below not in known:
+                known[below] = _describe_one(below, known)
     return known
 
 
