@@ -147,11 +147,21 @@ class Checked:
 
     @contextmanager
     def _place(self, offset: int, length: int) -> Iterator[Runs]:
-        with self._device.place(offset, length) as runs:
-            self._check_runs(runs, offset, offset + length)
-            if runs.end != offset + length or not (runs.kind == RunKind.DATA).all():
-                raise self._broken(f"place({offset}, {length}) left something out")
-            yield runs
+        from_caller: BaseException | None = None
+        try:
+            with self._device.place(offset, length) as runs:
+                self._check_runs(runs, offset, offset + length)
+                if runs.end != offset + length or not (runs.kind == RunKind.DATA).all():
+                    raise self._broken(f"place({offset}, {length}) left something out")
+                try:
+                    yield runs
+                except BaseException as error:
+                    from_caller = error
+                    raise
+        except (QmpdError, OSError) as error:
+            if error is from_caller:
+                raise
+            raise self._named(error) from None
 
     # -- the checks ----------------------------------------------------------------------------------------------------
 
