@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from pydantic import Field
+
 from qmpd.block.api import Perm
 from qmpd.commands.block_info import BlockDeviceInfo, device_infos
 from qmpd.control.qapi import Bool, QapiModel, Str, Uint64
@@ -35,7 +37,7 @@ class BlockInfo(QapiModel):
     removable: Bool
     locked: Bool
     inserted: BlockDeviceInfo | None = None
-    tray_open: Bool | None = None
+    tray_open: Bool | None = Field(default=None, alias="tray_open")
     io_status: BlockDeviceIoStatus | None = None
 
 

@@ -130,16 +130,15 @@ class _Introspection:
     def _object(self, what: Any) -> dict[str, Any]:
         if what is None:
             return {"members": []}
-        if isinstance(what, tuple):
-            base, model = what
-            return {"members": self._members(members(model, beyond=base))}
-        entry: dict[str, Any] = {"members": self._members(members(what))}
-        if what.type_features:
-            entry["features"] = list(what.type_features)
-        if what.is_union():
-            entry["tag"] = what.tag_name()
+        base, model = what if isinstance(what, tuple) else (None, what)
+        entry: dict[str, Any] = {"members": self._members(members(model, beyond=base))}
+        # A branch inherits what its base declares, but only what it declares itself is about its own members.
+        if features := model.__dict__.get("type_features"):
+            entry["features"] = list(features)
+        if model.is_union():
+            entry["tag"] = model.tag_name()
             entry["variants"] = [
-                {"case": tag, "type": self.branch(what, what.branches.get(tag, what))} for tag in _tags(what)
+                {"case": tag, "type": self.branch(model, model.branches.get(tag, model))} for tag in _tags(model)
             ]
         return entry
 
