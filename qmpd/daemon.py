@@ -55,6 +55,7 @@ class Core:
             await self.jobs.shutdown()
             self._jobs_gone.set()
         await self._jobs_gone.wait()
+        self.server.wind_down()
         self.stopping.set()
 
     async def _close_nodes(self) -> None:

@@ -126,6 +126,7 @@ class InProcess:
 
     def __init__(self, core: Core) -> None:
         self.core = core
+        self._wires: list[Wire] = []
 
     @property
     def ctx(self) -> Context:
@@ -138,7 +139,14 @@ class InProcess:
         if send_buffer is not None:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         self.core.server.attach(Channel.of_socket(ours), Client("test"), pretty=pretty)
-        return Wire(theirs)
+        wire = Wire(theirs)
+        self._wires.append(wire)
+        return wire
+
+    async def hang_up(self) -> None:
+        """Close all clients' ends."""
+        for wire in self._wires:
+            await wire.close()
 
     async def client(self, *enable: str) -> Wire:
         """A new client in command mode."""
@@ -152,10 +160,12 @@ class InProcess:
 async def running() -> AsyncIterator[InProcess]:
     """A core with no nodes and no clients; at the end its jobs are cancelled and its clients hung up on."""
     core = Core()
+    harness = InProcess(core)
     async with trio.open_nursery() as nursery:
         await nursery.start(core.run)
         try:
-            yield InProcess(core)
+            yield harness
         finally:
             with trio.CancelScope(shield=True):
                 await core.shutdown()
+                await harness.hang_up()

@@ -42,7 +42,9 @@ class Server:
 
     def attach(self, channel: Channel, client: Client, *, pretty: bool = False) -> None:
         """Serve one client from now on; the greeting is on its way when this returns."""
-        assert self._nursery is not None
+        if self.stopping or self._nursery is None:
+            channel.close()
+            return
         connection = Connection(self, channel, self._ctx, client, pretty=pretty)
         self._connections.add(connection)
         self._nursery.start_soon(self._serve_one, connection)
@@ -58,9 +60,13 @@ class Server:
         """Number of clients being served."""
         return len(self._connections)
 
-    async def stop(self) -> None:
-        """Start no further request, give every client what is queued for it, and hang up."""
+    def wind_down(self) -> None:
+        """Start no further request."""
         self.stopping = True
+
+    async def stop(self) -> None:
+        """Give every client what is queued for it, and hang up."""
+        self.wind_down()
         with trio.move_on_after(DRAIN_SECONDS):
             async with trio.open_nursery() as nursery:
                 for connection in list(self._connections):
