@@ -25,7 +25,7 @@ LAYOUTS: list[dict[str, Any]] = [
 KINDS = ("write", "write", "write", "zero", "discard", "grow", "flush", "place")
 
 operations = st.lists(
-    st.tuples(st.sampled_from(KINDS), st.floats(0, 1), st.floats(0, 1), st.integers(1, 255)), min_size=3, max_size=25
+    st.tuples(st.sampled_from(KINDS), st.floats(0, 1), st.floats(0, 1), st.integers(1, 255)), min_size=8, max_size=25
 )
 
 
@@ -36,18 +36,27 @@ class PowerCutError(Exception):
 class Doomed(MemoryFile):
     """A file whose power is cut after a number of writes and flushes."""
 
-    left = 1 << 60
+    #: Writes and flushes so far, and how many there will be.
+    moments = 0
+    end = 1 << 60
+
+    def __init__(self, content: bytes = b"", *, journal: bool = False) -> None:
+        super().__init__(content, journal=journal)
+        #: The moments right before a flush that had something to do: the worst times for a power cut.
+        self.fullest: list[int] = []
 
     def _live(self) -> None:
-        self.left -= 1
-        if self.left < 0:
+        if self.moments >= self.end:
             raise PowerCutError
+        self.moments += 1
 
     def write(self, offset: int, data: Any) -> None:
         self._live()
         super().write(offset, data)
 
     def flush(self) -> None:
+        if self.pending:
+            self.fullest.append(self.moments)
         self._live()
         super().flush()
 
@@ -84,6 +93,18 @@ def states_of(image: Qcow2, file: Doomed, operations: list[tuple[str, float, flo
     return states
 
 
+def run_until(
+    end: int, layout: dict[str, Any], operations: list[tuple[str, float, float, int]]
+) -> tuple[Doomed, list[bytes]]:
+    """A new image, changed until its file has seen ``end`` writes and flushes."""
+    unit = layout["cluster_size"]
+    file = Doomed(journal=True)
+    create(file, CreateOptions(10 * unit, **layout))
+    image = Qcow2.open({"file": file}, {"l2-cache-size": 2 * unit}, read_only=False)
+    file.moments, file.end, file.fullest = 0, end, []
+    return file, states_of(image, file, operations, unit)
+
+
 def request(image: Qcow2, file: Doomed, kind: str, offset: int, end: int, fill: int) -> None:
     if kind == "write":
         image.write(offset, bytes([fill]) * (end - offset))
@@ -98,25 +119,30 @@ def request(image: Qcow2, file: Doomed, kind: str, offset: int, end: int, fill: 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda d: "-".join(str(v) for v in d.values()))
-@given(operations=operations, writes=st.integers(1, 120), seed=st.integers(0, 1 << 30))
+@given(operations=operations, moment=st.floats(0, 1), seed=st.integers(0, 1 << 30))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_power_cut_never_damages_an_image(
-    tmp_path: Path, layout: dict[str, Any], operations: list[tuple[str, float, float, int]], writes: int, seed: int
+    tmp_path: Path, layout: dict[str, Any], operations: list[tuple[str, float, float, int]], moment: float, seed: int
 ) -> None:
     """Any subset of the unflushed writes may survive: qemu-img check finds leaks at most, and every byte is the flushed
     one or one written since."""
     need("qemu-img")
-    file, unit = Doomed(journal=True), layout["cluster_size"]
-    create(file, CreateOptions(10 * unit, **layout))
-    image = Qcow2.open({"file": file}, {"l2-cache-size": 2 * unit}, read_only=False)
-    file.left = writes
-    states = states_of(image, file, operations, unit)
     random = Random(seed)
-    odds = random.choice((0.0, 0.3, 0.7, 1.0))
-    path = tmp_path / "image.qcow2"
-    path.write_bytes(file.after_crash(iter(lambda: random.random() < odds, None)))
-    check_clean(path, leaks=True)
-    found = Qcow2.open({"file": MemoryFile(path.read_bytes())}, {}, read_only=False)
+    operations = [*operations, ("flush", 0.0, 0.0, 1)]
+    file, _ = run_until(1 << 60, layout, operations)
+    end = random.choice(file.fullest) if random.random() < 0.8 and file.fullest else int(moment * file.moments)
+    file, states = run_until(end, layout, operations)
+    odds = random.choice((0.0, 0.4, 0.5, 0.6, 0.8))
+    for _ in range(4):
+        path = tmp_path / "image.qcow2"
+        path.write_bytes(file.after_crash(iter(lambda: random.random() < odds, None)))
+        check_clean(path, leaks=True)
+        check_content(path.read_bytes(), states)
+
+
+def check_content(raw: bytes, states: list[bytes]) -> None:
+    """Every byte is that of some state, and the image can be written."""
+    found = Qcow2.open({"file": MemoryFile(raw)}, {}, read_only=False)
     assert found.length in {len(state) for state in states}
     content = np.frombuffer(read(found, 0, found.length), np.uint8)
     known = np.zeros(len(content), np.bool_)
@@ -125,6 +151,7 @@ def test_a_power_cut_never_damages_an_image(
         known |= content == np.frombuffer(padded, np.uint8)
     assert known.all(), f"byte {int((~known).argmax())} is neither old nor new"
     found.write(0, b"still writable")
+    found.close()
 
 
 def test_an_image_whose_header_could_not_be_written_takes_no_more_writes() -> None:

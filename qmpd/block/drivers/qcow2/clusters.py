@@ -76,7 +76,7 @@ class Clusters:
             name = self._image.is_structure(offset)
             if name:
                 raise self._image.corruption(
-                    f"L2 table offset {offset:#x} overlaps with {name} (L1 index: {l1_index:#x})"
+                    f"L2 table offset {offset:#x} overlaps with {name} (L1 index: {c_hex(l1_index)})"
                 )
         return offset
 
@@ -192,6 +192,19 @@ class Clusters:
         if (counts != 1).any():
             at = int(host[int((counts != 1).argmax())])
             raise image.corruption(f"Cluster at {at:#x} has the copied flag, but its refcount is not 1")
+
+    def check_dropped(self, entries: U64) -> None:
+        """May the references of these entries be given up? Raises CORRUPT if they point at what is not data."""
+        clusters = self.host_clusters(entries)
+        if not len(clusters):
+            return
+        name = self._image.overlap.any(clusters)
+        if name:
+            raise self._image.corruption(f"Preventing invalid free of metadata (overlaps with {name})")
+        counts = self._image.refcounts.get_many(clusters)
+        if (counts == 0).any():
+            at = int(clusters[int((counts == 0).argmax())]) * self._geometry.cluster_size
+            raise self._image.corruption(f"Cluster at {at:#x} is in use, but its refcount is 0")
 
     def host_clusters(self, entries: U64) -> I64:
         """Every reference that these entries hold, by cluster; compressed streams may touch several."""

@@ -24,7 +24,7 @@ from qmpd.block.drivers.qcow2.cache import L2Codec, MetadataCache, PointerTable,
 from qmpd.block.drivers.qcow2.header import Header
 from qmpd.block.drivers.qcow2.inflight import Inflight
 from qmpd.block.drivers.qcow2.overlap import Overlap
-from qmpd.block.drivers.qcow2.refcounts import RefcountCodec, Refcounts
+from qmpd.block.drivers.qcow2.refcounts import RefcountCodec, Refcounts, bad_block_pointer
 from qmpd.block.drivers.qcow2.snapshots import Snapshot, load_snapshots
 from qmpd.block.drivers.qcow2.tables import COPIED, L1_RESERVED, OFFSET_MASK, Geometry
 from qmpd.errors import Kind, QmpdError
@@ -204,8 +204,11 @@ class Image:
         l1, table = self.meta.l1.entries, self.meta.refcount_table.entries
         mask, unit = np.uint64(OFFSET_MASK), np.uint64(size - 1)
         l2_offsets, block_offsets = l1 & mask, table & mask
+        unaligned = np.flatnonzero(block_offsets & unit)
+        if len(unaligned):
+            raise _unwritable(bad_block_pointer(int(block_offsets[unaligned[0]]), int(unaligned[0])))
         l2_offsets = l2_offsets[(l2_offsets != 0) & (l2_offsets & unit == 0)]
-        block_offsets = block_offsets[(block_offsets != 0) & (block_offsets & unit == 0)]
+        block_offsets = block_offsets[block_offsets != 0]
         rules = (
             (bool(len(l1)) and header.l1_offset + len(l1) * 8 > end, "L1 table lies behind the end of the file"),
             (header.refcount_table_offset >= end, "refcount table lies behind the end of the file"),
@@ -235,11 +238,7 @@ class Image:
         )
         for offset, length, name in pieces:
             clusters = np.arange(offset // size, ceil_div(offset + length, size), dtype=np.int64)
-            try:
-                counted = bool(self.refcounts.get_many(clusters).all())
-            except QmpdError as error:
-                raise _unwritable(error.desc) from error
-            if length and not counted:
+            if length and not self.refcounts.get_many(clusters).all():
                 raise _unwritable(f"the {name} has refcount 0")
 
 

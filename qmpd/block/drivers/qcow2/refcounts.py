@@ -49,6 +49,11 @@ class RefcountCodec(Codec):
         return np.zeros(entries, _NATIVE[self.order])
 
 
+def bad_block_pointer(offset: int, index: int) -> str:
+    """What is wrong with a refcount table entry, in QEMU's words."""
+    return f"Refblock offset {offset:#x} unaligned (reftable index: {c_hex(index)})"
+
+
 class Refcounts:
     """Reads and changes counts. Clusters are given by index; arrays of them need not be sorted."""
 
@@ -68,7 +73,7 @@ class Refcounts:
         if not offset:
             return None
         if offset % self._image.geometry.cluster_size:
-            raise self._image.corruption(f"Refblock offset {offset:#x} unaligned (reftable index: {c_hex(index)})")
+            raise self._image.corruption(bad_block_pointer(offset, index))
         if offset >= self._image.frontier:
             raise self._image.corruption(f"Refblock offset {offset:#x} behind the end of the file")
         return self._image.meta.refcount_blocks.get(offset)

@@ -157,8 +157,9 @@ class Writer:
         image, size = self._image, self._geometry.cluster_size
         states = self._clusters.load(clusters)
         self._clusters.check_exclusive(states, states.exclusive)
-        self._clusters.reserve_tables(clusters)
         fresh = ~states.exclusive
+        self._clusters.check_dropped(states.entries[fresh])
+        self._clusters.reserve_tables(clusters)
         host = states.host.copy()
         virgin = image.alloc.virgin
         count = int(fresh.sum())

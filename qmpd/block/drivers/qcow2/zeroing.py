@@ -167,6 +167,8 @@ class Eraser:
         """Store the changed entries and free what the dropped ones held. Lock held."""
         if not change.any():
             return
+        if dropped.any():
+            self._clusters.check_dropped(old[dropped])
         self._clusters.store(clusters[change], new[change])
         if dropped.any():
             self._image.alloc.free_later(self._clusters.host_clusters(old[dropped]), discard=discard)
