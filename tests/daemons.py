@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.tools import need
+
 #: Seconds after which a silent daemon counts as hung. Generous: the suite may share its machine.
 PATIENCE = 20.0
 
@@ -172,6 +174,13 @@ class Program:
     @property
     def installed(self) -> bool:
         return shutil.which(self.argv[0]) is not None
+
+    def bound_by_modes(self) -> Program:
+        """The same program, for tests of file modes: as root, who otherwise may do anything, but without that right."""
+        if os.geteuid() != 0:
+            return self
+        need("setpriv")
+        return Program(self.name, ("setpriv", "--bounding-set=-dac_override,-dac_read_search", *self.argv))
 
     def version(self) -> str:
         """First line of --version."""

@@ -66,6 +66,7 @@ class Chain:
     base: int
     top: int
     named_nodes: bool  # blockdev-add of each node with a name, or of the uppermost with an implicit chain below
+    full_names: bool  # whether the headers name their backing images with directory
 
 
 def changes(size: int, cluster_size: int, *, compressible: bool) -> st.SearchStrategy[tuple[Change, ...]]:
@@ -119,7 +120,7 @@ def layers(draw: st.DrawFn, sizes: st.SearchStrategy[int], *, may_be_raw: bool) 
 
 
 @st.composite
-def chains(draw: st.DrawFn, *, one_size: bool = False) -> Chain:
+def chains(draw: st.DrawFn, *, one_size: bool = False, full_names: bool | None = None) -> Chain:
     """A base under two to five overlays, and a stretch of it to commit, below the active layer.
 
     Mostly the layers have one size, which need not be a multiple of any cluster, and now and then one has its own.
@@ -131,7 +132,8 @@ def chains(draw: st.DrawFn, *, one_size: bool = False) -> Chain:
     overlays = draw(st.lists(layers(sizes, may_be_raw=False), min_size=2, max_size=5))
     top = draw(st.integers(1, len(overlays) - 1))
     base = draw(st.integers(0, top - 1))
-    return Chain((bottom, *overlays), base, top, draw(st.booleans()))
+    names = st.booleans() if full_names is None else st.just(full_names)
+    return Chain((bottom, *overlays), base, top, draw(st.booleans()), draw(names))
 
 
 def make(chain: Chain, directory: Path) -> list[Path]:
@@ -139,7 +141,10 @@ def make(chain: Chain, directory: Path) -> list[Path]:
     paths: list[Path] = []
     for number, layer in enumerate(chain.layers):
         path = directory / f"{number}.{layer.format}"
-        backing = ["-b", paths[-1].name, "-F", chain.layers[number - 1].format] if paths else []
+        backing: list[str] = []
+        if paths:
+            below = paths[-1] if chain.full_names else paths[-1].name
+            backing = ["-b", str(below), "-F", chain.layers[number - 1].format]
         options = ["-o", layer.options] if layer.options else []
         run("qemu-img", "create", "-q", "-f", layer.format, *options, *backing, str(path), str(layer.size))
         if layer.changes:

@@ -7,7 +7,6 @@ hundreds of recordings are replayed there, and only those that are about the pro
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,11 +18,8 @@ import trio
 from qmpd.control.channel import Channel
 from qmpd.control.registry import Client as MonitorClient
 from qmpd.daemon import Core
-from tests.daemons import PATIENCE, QMPD, HungError, Program, under_test
+from tests.daemons import PATIENCE, QMPD, HungError, under_test
 from tests.tools import need
-
-#: Run as root, but as one whom file modes bind.
-_OBEY_MODES = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 
 
 class Host(Protocol):
@@ -43,9 +39,8 @@ def start(cwd: Path, *, own_process: bool = False, unprivileged: bool = False, m
     ``unprivileged`` is for tests of file modes, which mean nothing to root.
     """
     program = under_test()
-    if unprivileged and os.geteuid() == 0:
-        need("setpriv")
-        program, own_process = Program(program.name, (*_OBEY_MODES, *program.argv)), True
+    if unprivileged:
+        program, own_process = program.bound_by_modes(), True
     if under_test() == QMPD and not own_process:
         with contextlib.chdir(cwd), _thread(pretty="pretty=on" in monitor) as host:
             yield host
