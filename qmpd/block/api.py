@@ -28,8 +28,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from qmpd.errors import Kind, QmpdError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from qmpd.block.extents import Runs
     from qmpd.block.storage.file import FileStorage
+
+    Offsets = npt.NDArray[np.int64]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -121,6 +126,12 @@ class BlockDevice(Protocol):
         new space is given back. The end of the device may cut the last unit short.
         """
 
+    def place_ranges(self, offset: Offsets, length: Offsets) -> AbstractContextManager[Runs]:
+        """:meth:`place` for many ranges at once (ascending, disjoint), all published together or none.
+
+        The runs have gaps where the ranges have.
+        """
+
     @property
     def data_child(self) -> BlockDevice | None:
         """What host offsets of :meth:`map` and :meth:`place` count in; None for protocol drivers (themselves)."""
@@ -206,6 +217,9 @@ class Driver(ABC):
         return None
 
     def place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
+        raise QmpdError(f"{self.format_name}: no placement", Kind.UNSUPPORTED)
+
+    def place_ranges(self, offset: Offsets, length: Offsets) -> AbstractContextManager[Runs]:
         raise QmpdError(f"{self.format_name}: no placement", Kind.UNSUPPORTED)
 
     def truncate(self, length: int) -> None:

@@ -18,6 +18,7 @@ from qmpd.errors import Kind, QmpdError, from_oserror
 from qmpd.units import MAX_LENGTH
 
 if TYPE_CHECKING:
+    from qmpd.block.api import Offsets
     from qmpd.block.storage.file import FileStorage
 
 _WRITE: Final = Perm.WRITE
@@ -143,16 +144,29 @@ class Checked:
             raise QmpdError("Operation not supported", Kind.UNSUPPORTED, node=self._node)
         if length == 0 or offset % unit or (end % unit and end != self._device.length):
             raise self._out_of_range(f"place in units of {unit}", offset, length)
-        return self._place(offset, length)
+        return self._placement(self._device.place(offset, length), np.array([offset]), np.array([length]))
+
+    def place_ranges(self, offset: Offsets, length: Offsets) -> AbstractContextManager[Runs]:
+        end = offset + length
+        if len(offset) == 0 or (length <= 0).any() or (end[:-1] > offset[1:]).any():
+            raise ValueError("ranges to place are ascending, disjoint and not empty")
+        first, last = int(offset[0]), int(end[-1])
+        self._check_write("place", first, last - first, _WRITE)
+        unit = self._device.placement_unit
+        if unit is None:
+            raise QmpdError("Operation not supported", Kind.UNSUPPORTED, node=self._node)
+        ragged = (offset % unit != 0) | ((end % unit != 0) & (end != self._device.length))
+        if ragged.any():
+            raise self._out_of_range(f"place in units of {unit}", first, last - first)
+        return self._placement(self._device.place_ranges(offset, length), offset, length)
 
     @contextmanager
-    def _place(self, offset: int, length: int) -> Iterator[Runs]:
+    def _placement(self, placement: AbstractContextManager[Runs], offset: Offsets, length: Offsets) -> Iterator[Runs]:
         from_caller: BaseException | None = None
         try:
-            with self._device.place(offset, length) as runs:
-                self._check_runs(runs, offset, offset + length)
-                if runs.end != offset + length or not (runs.kind == RunKind.DATA).all():
-                    raise self._broken(f"place({offset}, {length}) left something out")
+            with placement as runs:
+                if not _fits(runs, offset, length):
+                    raise self._broken("place gave malformed runs")
                 try:
                     yield runs
                 except BaseException as error:
@@ -210,3 +224,21 @@ class Checked:
 
     def _broken(self, what: str) -> BrokenContractError:
         return BrokenContractError(f"{type(self._device).__name__} of node '{self._node}': {what}")
+
+
+def _fits(runs: Runs, offset: Offsets, length: Offsets) -> bool:
+    """Are the runs places for all of the ranges and for nothing else?"""
+    if not len(runs):
+        return False
+    run_end = runs.offset + runs.length
+    # A run may go on from one range into the next where the two touch: count those as one.
+    apart = offset[1:] != (offset + length)[:-1]
+    start = offset[np.append(True, apart)]
+    end = (offset + length)[np.append(apart, True)]
+    index = np.searchsorted(start, runs.offset, "right") - 1
+    return (
+        bool((index >= 0).all() and (run_end <= end[index]).all())
+        and bool((runs.length > 0).all() and (run_end[:-1] <= runs.offset[1:]).all())
+        and int(runs.length.sum()) == int(length.sum())
+        and bool((runs.kind == RunKind.DATA).all() and (runs.host >= 0).all())
+    )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, Literal, Self
@@ -105,15 +106,17 @@ class CopyEngine:
         At return the target's readers see them; they are durable after its flush. Worker thread. Raises CopyError with
         any part of the range copied (a place not filled is given back); copying it again is right.
         """
-        part = runs.clip(start, start + length).allocated()
-        whole = self._target.direct(start, length)
-        for stretch, is_zero in _stretches(part):
+        direct = self._target.direct(start, length)
+        whole = direct and _Place(start, start + length, direct[0], self._target, direct[1])
+        scattered = []
+        for stretch, is_zero in _stretches(runs.clip(start, start + length).allocated()):
             if is_zero:
                 self._zero(stretch)
             elif whole is not None:
-                self._fill(stretch, [_Place(start, start + length, whole[0], self._target, whole[1])])
+                self._fill(stretch, [whole])
             else:
-                self._fill_through_driver(stretch)
+                scattered.append(stretch)
+        self._fill_through_driver(scattered)
 
     # -- zeros ---------------------------------------------------------------------------------------------------------
 
@@ -126,31 +129,54 @@ class CopyEngine:
 
     # -- where it goes -------------------------------------------------------------------------------------------------
 
-    def _fill_through_driver(self, rows: Sequence[ChainRun]) -> None:
-        """Whole units get places of their own, the ragged ends are written by the driver."""
-        start, end = _bounds(rows)
+    def _fill_through_driver(self, stretches: Sequence[Sequence[ChainRun]]) -> None:
+        """Whole units get places, those of many stretches at once; the ragged ends are written by the driver."""
         unit = self._target.placement_unit
-        first = align_up(start, unit) if unit else end
-        last = align_down(end, unit) if unit and end != self._target.length else end
-        if unit is None or first >= last:
-            self._fill(rows, [self._written(start, end)])
-            return
-        if start < first:
-            self._fill(_cut(rows, start, first), [self._written(start, first)])
-        step = max(align_down(_PLACEMENT, unit), unit)
-        for at in range(first, last, step):
-            self._fill_places(rows, at, min(at + step, last))
-        if last < end:
-            self._fill(_cut(rows, last, end), [self._written(last, end)])
+        batch: list[tuple[int, int]] = []
+        rows: list[ChainRun] = []
+        room = _PLACEMENT
+        for stretch in stretches:
+            start, end = _bounds(stretch)
+            first, last = self._whole_units(start, end, unit)
+            for ragged in ((start, first), (last, end)):
+                if ragged[0] < ragged[1]:
+                    self._fill(_cut(stretch, *ragged), [self._written(*ragged)])
+            while first < last:
+                stop = min(last, first + room)
+                batch.append((first, stop))
+                rows += _cut(stretch, first, stop)
+                room -= stop - first
+                first = stop
+                if room <= 0:
+                    self._fill_places(rows, batch)
+                    batch, rows, room = [], [], _PLACEMENT
+        if batch:
+            self._fill_places(rows, batch)
 
-    def _fill_places(self, rows: Sequence[ChainRun], start: int, end: int) -> None:
+    def _whole_units(self, start: int, end: int, unit: int | None) -> tuple[int, int]:
+        """The part of the range that consists of placement units; an empty one at ``end`` if there is none."""
+        if unit is None:
+            return end, end
+        first = align_up(start, unit)
+        last = end if end == self._target.length else align_down(end, unit)
+        return (first, last) if first < last else (end, end)
+
+    def _fill_places(self, rows: Sequence[ChainRun], ranges: Sequence[tuple[int, int]]) -> None:
+        """Fill all of the ranges in one transaction of the target."""
         try:
-            with self._target.place(start, end - start) as runs:
-                self._fill(_cut(rows, start, end), self._places(runs))
+            with self._place_all(ranges) as runs:
+                self._fill(rows, self._places(runs))
         except CopyError:
             raise
         except QmpdError as error:
-            raise CopyError("write", error, start) from error
+            raise CopyError("write", error, ranges[0][0]) from error
+
+    def _place_all(self, ranges: Sequence[tuple[int, int]]) -> AbstractContextManager[Runs]:
+        if len(ranges) == 1:  # the common case, and a quicker one
+            start, end = ranges[0]
+            return self._target.place(start, end - start)
+        table = np.array(ranges, np.int64)
+        return self._target.place_ranges(table[:, 0], table[:, 1] - table[:, 0])
 
     def _places(self, runs: Runs) -> list[_Place]:
         child = self._target.data_child
@@ -269,7 +295,9 @@ def _cut(rows: Sequence[ChainRun], start: int, end: int) -> list[ChainRun]:
     parts = []
     for row in rows:
         begin, stop = max(row.offset, start), min(row.offset + row.length, end)
-        if begin < stop:
+        if stop - begin == row.length:
+            parts.append(row)
+        elif begin < stop:
             host = row.host + begin - row.offset if row.kind == RunKind.DATA else -1
             parts.append(ChainRun(begin, stop - begin, row.kind, row.layer, host))
     return parts

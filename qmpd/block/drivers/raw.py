@@ -15,6 +15,7 @@ from qmpd.errors import Kind, QmpdError
 from qmpd.units import MAX_LENGTH, SECTOR, align_up
 
 if TYPE_CHECKING:
+    from qmpd.block.api import Offsets
     from qmpd.block.storage.file import FileStorage
 
 
@@ -112,13 +113,20 @@ class Raw(Driver):
         return self._file.direct(offset + self._window.offset, length)
 
     def place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
+        self._check_placing()
+        return self._showing(self._file.place(offset + self._window.offset, length))
+
+    def place_ranges(self, offset: Offsets, length: Offsets) -> AbstractContextManager[Runs]:
+        self._check_placing()
+        return self._showing(self._file.place_ranges(offset + self._window.offset, length))
+
+    def _check_placing(self) -> None:
         if self.placement_unit is None:
             raise QmpdError("raw: no placement", Kind.UNSUPPORTED)
-        return self._place(offset, length)
 
     @contextmanager
-    def _place(self, offset: int, length: int) -> Iterator[Runs]:
-        with self._file.place(offset + self._window.offset, length) as runs:
+    def _showing(self, placement: AbstractContextManager[Runs]) -> Iterator[Runs]:
+        with placement as runs:
             yield self._shifted(runs)
 
     def _shifted(self, runs: Runs) -> Runs:
