@@ -46,6 +46,6 @@ class Bus:
         for subscriber in list(self._subscribers):
             if subscriber.pretty not in written:
                 written[subscriber.pretty] = messages.event(
-                    event_name, data, seconds, nanoseconds // 1000, pretty=subscriber.pretty
+                    event_name, data or None, seconds, nanoseconds // 1000, pretty=subscriber.pretty
                 )
             subscriber.publish(written[subscriber.pretty])

@@ -94,7 +94,7 @@ def inherit(fd: int) -> socket.socket:
     """The socket that the parent process left open as ``fd``, listening or connected. Raises QmpdError."""
     try:
         return socket.socket(fileno=fd)
-    except OSError:
+    except (OSError, ValueError):
         raise QmpdError(f"File descriptor '{fd}' is not a socket") from None
 
 
