@@ -5,8 +5,8 @@ Threads: I/O from any worker, several at a time. ``attach`` and ``reopen_*`` on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Final, Self
 
 from qmpd.block.api import BackingReference, BlockDevice, Buffer, Driver, ImageInfo
@@ -121,19 +121,11 @@ class Qcow2(Driver):
         return self._writer.place(offset, length)
 
     def truncate(self, length: int) -> None:
-        if length < self._length:
-            self._length = length
-            with self._length_follows():
-                self._resizer.truncate(length)
-        else:
-            with self._length_follows():
-                self._resizer.truncate(length)
-
-    @contextmanager
-    def _length_follows(self) -> Iterator[None]:
-        """Whatever happened, the length is what the image says."""
+        self._resizer.check(length)
+        # Requests to the part that goes stop now, those to the part that comes begin at the end.
+        self._length = min(self._length, length)
         try:
-            yield
+            self._resizer.truncate(length)
         finally:
             self._length = self._reader.size
 

@@ -43,10 +43,12 @@ class Resizer:
             raise QmpdError(text, Kind.IO, errno=errno.EFBIG)
 
     def truncate(self, size: int) -> None:
-        """Durable at return. A failure leaves the old size (shrinking: perhaps with less data in the part to go)."""
+        """Give the image a size that :meth:`check` found possible; durable at return.
+
+        A failure leaves the old size (shrinking: perhaps with less data in the part to go).
+        """
         with self._image.lock:
             self._writer.begin()
-            self.check(size)
             claim = self._eraser.claim_everything()
         try:
             if size > self._reader.size:
@@ -89,7 +91,8 @@ class Resizer:
         if below is not None:
             end = min(size, align_up(below.length, cluster))
         else:
-            # Named, but not attached: its length is not known.
+            # Named, but not attached: its length is not known. (Nor are the bytes that would have to come along
+            # with a part of a cluster, so the last cluster of the old size stays as it is.)
             end = size if self._image.header.backing is not None else 0
         if end > edge:
             self._eraser.write_zeroes(edge, end - edge, unmap=False)
