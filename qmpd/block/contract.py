@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -144,7 +145,7 @@ class Checked:
             raise QmpdError("Operation not supported", Kind.UNSUPPORTED, node=self._node)
         if length == 0 or offset % unit or (end % unit and end != self._device.length):
             raise self._out_of_range(f"place in units of {unit}", offset, length)
-        return self._placement(self._device.place(offset, length), np.array([offset]), np.array([length]))
+        return self._placement(partial(self._device.place, offset, length), np.array([offset]), np.array([length]))
 
     def place_ranges(self, offset: Offsets, length: Offsets) -> AbstractContextManager[Runs]:
         end = offset + length
@@ -158,13 +159,15 @@ class Checked:
         ragged = (offset % unit != 0) | ((end % unit != 0) & (end != self._device.length))
         if ragged.any():
             raise self._out_of_range(f"place in units of {unit}", first, last - first)
-        return self._placement(self._device.place_ranges(offset, length), offset, length)
+        return self._placement(partial(self._device.place_ranges, offset, length), offset, length)
 
     @contextmanager
-    def _placement(self, placement: AbstractContextManager[Runs], offset: Offsets, length: Offsets) -> Iterator[Runs]:
+    def _placement(
+        self, begin: Callable[[], AbstractContextManager[Runs]], offset: Offsets, length: Offsets
+    ) -> Iterator[Runs]:
         from_caller: BaseException | None = None
         try:
-            with placement as runs:
+            with begin() as runs:
                 if not _fits(runs, offset, length):
                     raise self._broken("place gave malformed runs")
                 try:
