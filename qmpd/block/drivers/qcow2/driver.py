@@ -111,6 +111,8 @@ class Qcow2(Driver):
         return self._reader.map(offset, length)
 
     def place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
+        """See :meth:`BlockDevice.place`. Clusters that are this image's alone already are handed out as they are: what
+        the caller put there before an exception stays, as it would after a write that failed half way."""
         return self._writer.place_one(offset, length)
 
     def place_ranges(self, offset: I64, length: I64) -> AbstractContextManager[Runs]:
@@ -181,6 +183,8 @@ class Qcow2(Driver):
             _check_options(options, self._image.geometry.cluster_size)
         if not read_only and self._image.header.incompatible & hdr.CORRUPT:
             raise QmpdError("qcow2: Image is corrupt; cannot be opened read/write", Kind.CORRUPT)
+        if not read_only and self.read_only:
+            self._image.check_structure()  # refcounts are looked at before the first write
         self._next = read_only, self._options if options is None else options
 
     def reopen_commit(self) -> None:

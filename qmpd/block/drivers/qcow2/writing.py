@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import TracebackType
 from typing import Final
 
 import numpy as np
@@ -225,6 +226,10 @@ class Writer:
 
     def place_one(self, offset: int, length: int) -> AbstractContextManager[Runs]:
         """The same for one range."""
+        return _PlaceOne(self, offset, length)
+
+    def begin_place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
+        """The way to place one range; a short one for a single cluster. It may be under way already."""
         if length == self._geometry.cluster_size:
             single = self._single.place(offset)
             if single is not None:
@@ -262,6 +267,24 @@ class Writer:
         if inner:
             host = int(plan.host[-1]) + inner
             self._image.file.write_zeroes(host, self._geometry.cluster_size - inner)
+
+
+class _PlaceOne:
+    """Starts placing on entry, not when made: one that is never entered holds nothing."""
+
+    __slots__ = ("_length", "_offset", "_way", "_writer")
+
+    def __init__(self, writer: Writer, offset: int, length: int) -> None:
+        self._writer, self._offset, self._length = writer, offset, length
+
+    def __enter__(self) -> Runs:
+        self._way = self._writer.begin_place(self._offset, self._length)
+        return self._way.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._way.__exit__(kind, error, trace)
 
 
 def _claim(clusters: I64, size: int) -> Claim:
