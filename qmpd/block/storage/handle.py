@@ -183,6 +183,8 @@ class FileHandle:
 
     def _switch(self) -> None:
         if self._next_fd >= 0:
+            # A request in flight keeps the old description, and with it its locks, which would stand in our own way.
+            locking.unlock(self.fd, self._held)
             os.dup2(self._next_fd, self.fd, inheritable=False)
             self._mode = self._next_mode
             self._drop_next()
