@@ -1,0 +1,165 @@
+"""The words of the command line, as GNU getopt_long takes them. Source: spec/qmp-protocol.md section 14."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from qmpd import QMP_LEVEL, __version__
+from qmpd.errors import QmpdError
+
+#: Long options -> whether they take an argument.
+LONG: Final = {
+    "blockdev": True,
+    "chardev": True,
+    "daemonize": False,
+    "export": True,
+    "help": False,
+    "monitor": True,
+    "nbd-server": True,
+    "object": True,
+    "pidfile": True,
+    "trace": True,
+    "version": False,
+}
+
+SHORT: Final = {"h": "help", "T": "trace", "V": "version"}
+
+VERSION: Final = f"qmpd version {__version__} (QMP {'.'.join(map(str, QMP_LEVEL))})\n"
+
+HELP: Final = """\
+Usage: {program} [options]
+Look after disk images of virtual machines, under the control of QMP clients.
+
+  -h, --help             print this and exit
+  -V, --version          print the version and exit
+  -T, --trace PATTERN    accepted for compatibility; there are no trace events
+
+Options that set things up, carried out from left to right:
+
+  --blockdev [driver=]DRIVER[,node-name=NAME][,read-only=on|off][,OPTION...]
+                         add a block node, as blockdev-add does
+  --chardev socket,id=ID,path=PATH[,server=on|off][,wait=on|off]
+  --chardev socket,id=ID,port=PORT[,host=HOST][,server=on|off][,wait=on|off]
+  --chardev socket,id=ID,fd=NUMBER[,server=on|off][,wait=on|off]
+  --chardev stdio,id=ID
+  --chardev null,id=ID
+                         add a character device; `--chardev help' lists them
+  --export [type=]nbd,id=ID,node-name=NAME[,name=EXPORT][,writable=on|off]
+                         export a block node, as block-export-add does
+  --monitor [chardev=]ID[,mode=control][,pretty=on|off]
+                         talk QMP on a character device
+  --nbd-server addr.type=unix,addr.path=PATH[,max-connections=N]
+  --nbd-server addr.type=inet,addr.host=HOST,addr.port=PORT[,max-connections=N]
+                         start the NBD server, as nbd-server-start does
+  --object [qom-type=]TYPE,id=ID[,PROPERTY=VALUE...]
+                         add an object; `--object help' lists the types and
+                         `--object TYPE,help' the properties of one
+
+About the process:
+
+  --daemonize            go into the background once all is set up
+  --pidfile PATH         write the process id to PATH once all is set up
+
+--blockdev, --export, --monitor, --nbd-server and --object take a JSON object
+as well. Long options may be shortened as long as they stay unique.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option to carry out, or an operand (``name`` is empty). ``typed`` is how it was written, for messages."""
+
+    name: str
+    value: str
+    typed: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """A whole command line. If ``show`` is set it is to be printed, and nothing else done."""
+
+    options: tuple[Option, ...] = ()
+    daemonize: bool = False
+    pidfile: str | None = None
+    show: str | None = None
+
+
+def scan(words: Sequence[str], program: str = "qmpd") -> CommandLine:
+    """Split the command line, without the program's own name in front. Raises QmpdError for what cannot be split.
+
+    ``--help`` and ``--version`` count before any mistake behind them.
+    """
+    options = []
+    daemonize, pidfile = False, None
+    for option in _split(words):
+        match option.name:
+            case "help":
+                return CommandLine(show=HELP.format(program=program))
+            case "version":
+                return CommandLine(show=VERSION)
+            case "daemonize":
+                daemonize = True
+            case "pidfile":
+                pidfile = option.value
+            case _:
+                options.append(option)
+    return CommandLine(tuple(options), daemonize, pidfile)
+
+
+def complaint(program: str, text: str, option: Option | None = None) -> str:
+    """What standard error is told about a mistake in ``option``, or in the command line; it ends with a newline."""
+    return f"{program}: {option.typed}: {text}\n" if option else f"{program}: {text}\n"
+
+
+def _split(words: Sequence[str]) -> Iterator[Option]:
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
+            return  # what follows is ignored, as the peer does
+        if word.startswith("--"):
+            yield _long(word, rest)
+        elif word.startswith("-") and word != "-":
+            yield from _short(word, rest)
+        else:
+            yield Option("", word, word)
+
+
+def _long(word: str, rest: Iterator[str]) -> Option:
+    typed, equals, value = word[2:].partition("=")
+    candidates = [typed] if typed in LONG else [name for name in LONG if name.startswith(typed)]
+    if not candidates:
+        raise QmpdError(f"unrecognized option '{word}'")
+    if len(candidates) > 1:
+        possibilities = " ".join(f"'--{name}'" for name in candidates)
+        raise QmpdError(f"option '{word}' is ambiguous; possibilities: {possibilities}")
+    (name,) = candidates
+    if equals:
+        if not LONG[name]:
+            raise QmpdError(f"option '--{name}' doesn't allow an argument")
+        return Option(name, value, word)
+    if not LONG[name]:
+        return Option(name, "", word)
+    argument = next(rest, None)
+    if argument is None:
+        raise QmpdError(f"option '--{name}' requires an argument")
+    return Option(name, argument, f"{word} {argument}")
+
+
+def _short(word: str, rest: Iterator[str]) -> Iterator[Option]:
+    """The options of a cluster such as ``-hV``; one that takes an argument takes the rest of the word or the next."""
+    for index, letter in enumerate(word[1:], 2):
+        if letter not in SHORT:
+            raise QmpdError(f"invalid option -- '{letter}'")
+        name = SHORT[letter]
+        if not LONG[name]:
+            yield Option(name, "", word)
+        elif index < len(word):
+            yield Option(name, word[index:], word)
+            return
+        else:
+            argument = next(rest, None)
+            if argument is None:
+                raise QmpdError(f"option requires an argument -- '{letter}'")
+            yield Option(name, argument, f"{word} {argument}")
