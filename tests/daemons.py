@@ -3,7 +3,7 @@
 Everything here is plain blocking code on purpose: it is an outsider's view, sharing nothing with the program under
 test. The harnesses built on it take a :class:`Program`, so that each can be pointed at qemu-storage-daemon as well; a
 harness that the peer itself does not pass is wrong. ``QMPD_TEST_PROGRAM`` names the program to test: ``qmpd`` (the
-default) or ``qemu-storage-daemon``.
+default) or ``qemu-storage-daemon``; ``QMPD_COMMAND`` says how qmpd is called, if not as ``python -m qmpd``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -270,7 +271,7 @@ class Daemon:
             self.process.wait()
 
 
-QMPD = Program("qmpd", (sys.executable, "-m", "qmpd"))
+QMPD = Program("qmpd", tuple(shlex.split(os.environ.get("QMPD_COMMAND", ""))) or (sys.executable, "-m", "qmpd"))
 PEER = Program("qemu-storage-daemon", ("qemu-storage-daemon",))
 
 
