@@ -1,14 +1,16 @@
 # Everything a person or a machine types. Each target sets up what it needs; `make help` lists them.
-# PYTHON=/path/to/python3.11 chooses the interpreter, PYTEST="-k commit" adds arguments for pytest.
+# PYTHON=/path/to/python3.11 chooses the interpreter, PYTEST="-k commit" adds arguments for pytest, BENCH="topic ..."
+# chooses what to measure.
 
 PYTHON ?= python3
 PYTEST ?=
+BENCH  ?=
 JOBS   ?= 2
 BIN    := .venv/bin
 SHELL  := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long bench lint format types check-generated schema docs peers clean
+.PHONY: help demo test test-long bench bench-quick lint format types check-generated schema docs peers clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
@@ -22,8 +24,11 @@ test: lint types check-generated peers  ## everything that must hold before a ch
 test-long: .venv/.dev peers  ## the long forms of the randomised tests
 	$(BIN)/python -m pytest -q -n $(JOBS) -m long --timeout 1800 $(PYTEST)
 
-bench: .venv/.dev peers  ## measure against the peer, as ratios
-	$(BIN)/python -m pytest -q -s tests/bench --timeout 1800 $(PYTEST)
+bench: .venv/.dev peers  ## measure against qemu-storage-daemon, as ratios
+	$(BIN)/python -m tests.bench $(BENCH)
+
+bench-quick: .venv/.dev peers  ## the same on small images, once: do the measurements still work?
+	BENCH_SCALE=0.02 BENCH_RUNS=1 $(BIN)/python -m tests.bench $(BENCH)
 
 lint: .venv/.dev  ## ruff, both halves
 	$(BIN)/ruff check qmpd tests demo tools
