@@ -173,6 +173,9 @@ class Driver(ABC):
     is_protocol: ClassVar[bool] = False
     supports_backing: ClassVar[bool] = False
 
+    #: Can blockdev-reopen give it other options?
+    reopens: ClassVar[bool] = True
+
     #: May the driver write to its children? Changed by reopen only.
     read_only: bool = False
 
@@ -258,6 +261,12 @@ class Driver(ABC):
 
     def permissions_abort(self) -> None:
         """The transaction failed after a successful check: back to the old state. Cannot fail."""
+
+    def drain_begin(self) -> None:
+        """Somebody waits for the requests in flight: none may be delayed on purpose until :meth:`drain_end`. Nests."""
+
+    def drain_end(self) -> None:
+        """Requests may be delayed again."""
 
     def reopen_prepare(self, *, read_only: bool, options: Mapping[str, Any] | None = None) -> None:
         """Get ready to continue with other flags. The graph has flushed before. Raises with nothing changed."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from qmpd.block.api import BlockDevice, Buffer, Perm
+from qmpd.block.debug import Announce, announcer
 from qmpd.block.extents import RunKind, Runs
 from qmpd.errors import Kind, QmpdError, from_oserror
 from qmpd.units import MAX_LENGTH
@@ -65,6 +66,11 @@ class Checked:
     def growable(self) -> bool:
         """See :attr:`qmpd.block.api.Driver.growable`."""
         return bool(getattr(self._device, "growable", False))
+
+    @property
+    def debug_events(self) -> Announce:
+        """See :mod:`qmpd.block.debug`."""
+        return announcer(self._device)
 
     # -- requests ------------------------------------------------------------------------------------------------------
 

@@ -36,11 +36,15 @@ class DriverTable(Mapping[str, type[Driver]]):
 
 DRIVERS = DriverTable(
     {
+        "blkdebug": "qmpd.block.filters.blkdebug:Blkdebug",
+        "copy-on-read": "qmpd.block.filters.copy_on_read:CopyOnRead",
         "file": "qmpd.block.storage.file:FileStorage",
         "host_device": "qmpd.block.storage.file:HostDevice",
         "null-aio": "qmpd.block.storage.null:NullAio",
         "null-co": "qmpd.block.storage.null:NullStorage",
+        "preallocate": "qmpd.block.filters.preallocate:Preallocate",
         "qcow2": "qmpd.block.drivers.qcow2:Qcow2",
         "raw": "qmpd.block.drivers.raw:Raw",
+        "throttle": "qmpd.block.filters.throttle:Throttle",
     }
 )

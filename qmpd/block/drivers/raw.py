@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from qmpd.block.api import BlockDevice, Buffer, Driver
+from qmpd.block.debug import Announce, announcer
 from qmpd.block.extents import RunKind, Runs
 from qmpd.errors import Kind, QmpdError
 from qmpd.units import MAX_LENGTH, SECTOR, align_up
@@ -74,6 +75,11 @@ class Raw(Driver):
     @property
     def growable(self) -> bool:
         return self._window.size is None and bool(getattr(self._file, "growable", False))
+
+    @property
+    def debug_events(self) -> Announce:
+        """See :mod:`qmpd.block.debug`."""
+        return announcer(self._file)
 
     @property
     def placement_unit(self) -> int | None:
