@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from qmpd.block.api import BlockDevice, Perm, Role
+from qmpd.block.throttling import ThrottleGroup
 from qmpd.errors import Kind, QmpdError
 from qmpd.graph import permissions
 from qmpd.graph.node import ALLOWED_ON_BACKING, Backend, Edge, JobParent, Node, OpBlocker, Parent, topological
@@ -37,6 +38,8 @@ class Graph:
         #: By name, oldest first, nodes being opened included. Changed by Edit only.
         self.table: dict[str, Node] = {}
         self._generated = 0
+        #: Looks up a throttle group by its id, on any thread. Set by whoever keeps the objects of clients.
+        self.find_throttle_group: Callable[[str], ThrottleGroup | None] = lambda name: None
 
     def assert_control_thread(self) -> None:
         """Changes from any other thread are a bug."""

@@ -176,6 +176,8 @@ class Node:
     parents: list[Edge] = field(default_factory=list)
     #: In the order attached.
     children: dict[str, Edge] = field(default_factory=dict)
+    #: Links that are frozen because this node is there.
+    held: list[Edge] = field(default_factory=list)
     #: Oldest first.
     blockers: list[OpBlocker] = field(default_factory=list)
 

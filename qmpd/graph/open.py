@@ -26,7 +26,7 @@ from typing import Any, Final
 from qmpd.block.api import BackingReference, BlockDevice, Driver, Role
 from qmpd.block.drivers import DRIVERS
 from qmpd.errors import Kind, QmpdError, from_oserror
-from qmpd.graph import filename
+from qmpd.graph import bottom, filename
 from qmpd.graph.edit import Graph
 from qmpd.graph.node import Node, topological
 from qmpd.graph.permissions import child_role, takes_children
@@ -107,6 +107,7 @@ def close_nodes(graph: Graph, doomed: Iterable[Node]) -> Steps[None]:
                 _log.error("node %s: while closing: %s", node.name, error)
     with graph.edit() as edit:
         for node in order:
+            bottom.release(edit, node)
             edit.remove_node(node)
 
 
@@ -189,12 +190,13 @@ class _Opener:
         node.driver = yield partial(
             driver_class.open,  # type: ignore[attr-defined]
             children,
-            driver_options(node.spec),
+            driver_options(self.graph, node.spec),
             read_only=read_only,
         )
         if takes_children(node.driver_name):
             with self.graph.edit() as edit:  # what it asks of its child, it knows only now
                 edit.refresh(node)
+        bottom.hold(self.graph, node)
 
     def _open_backing(self, node: Node, place: _Place) -> Steps[None]:
         described = "backing" in node.spec.children
@@ -250,9 +252,12 @@ def check_common(spec: NodeSpec) -> None:
         raise QmpdError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
 
 
-def driver_options(spec: NodeSpec) -> dict[str, Any]:
+def driver_options(graph: Graph, spec: NodeSpec) -> dict[str, Any]:
     """What a driver is opened with: its own options, and the common ones that concern it, by QMP name."""
-    return dict(spec.options) | {
+    own = dict(spec.options)
+    if "throttle-group" in own:
+        own["find-throttle-group"] = graph.find_throttle_group
+    return own | {
         "auto-read-only": bool(spec.auto_read_only),
         "cache.direct": bool(spec.cache_direct),
         "cache.no-flush": bool(spec.cache_no_flush),

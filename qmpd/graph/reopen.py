@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from qmpd.block.api import Role
-from qmpd.errors import QmpdError
+from qmpd.errors import Kind, QmpdError
 from qmpd.graph.edit import Edit, Graph
 from qmpd.graph.node import Backend, Edge, Node
 from qmpd.graph.open import check_common, driver_options
@@ -71,6 +71,9 @@ class _Reopening:
             raise QmpdError(f"backing is missing for '{node.name}'", node=node.name)
         if spec.driver != node.driver_name:
             raise _unchangeable(node, "driver")
+        if not driver.reopens:
+            text = f"Block format '{node.driver_name}' used by node '{node.name}' does not support reopening files"
+            raise QmpdError(text, Kind.UNSUPPORTED, node=node.name)
         if bool(spec.force_share) != node.force_share and not _follows(node, "force-share", spec):
             raise _unchangeable(node, "force-share")
         if spec.active is not None and spec.active != node.active:
@@ -123,7 +126,7 @@ class _Reopening:
         self.edit.set_attribute(node, "explicit", given.explicit)
         for edge in node.children.values():
             self.edit.set_role(edge, child_role(node.driver_name, edge.name, spec.options))
-        self.edit.reopen(node, spec, driver_options(spec))
+        self.edit.reopen(node, spec, driver_options(self.graph, spec))
 
     def _take_along(self, node: Node) -> None:
         """Let inline children follow in what they were not told for themselves."""
@@ -134,7 +137,7 @@ class _Reopening:
             spec = _inherited(child, node.spec, backing=bool(edge.role & Role.COW))
             self.effective[child] = spec
             if spec != child.spec:
-                self.edit.reopen(child, spec, driver_options(spec))
+                self.edit.reopen(child, spec, driver_options(self.graph, spec))
             self._take_along(child)
 
 
