@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -12,16 +13,15 @@ from typing import Final
 
 import trio
 
-from qmpd import commands
+from qmpd import commands, options
+from qmpd.control import chardev
 from qmpd.control.bridge import JOBS, run_steps
 from qmpd.control.bus import Bus
-from qmpd.control.chardev import Chardev, Chardevs
 from qmpd.control.manager import JobManager
 from qmpd.control.objects import ObjectStore
 from qmpd.control.process import PidFile, daemonize
 from qmpd.control.registry import Context, lookup
 from qmpd.control.server import Server
-from qmpd.control.startup import AddChardev, AddMonitor, Plan, RunCommand, Step
 from qmpd.errors import QmpdError
 from qmpd.graph.edit import Graph
 from qmpd.graph.open import close_nodes
@@ -34,6 +34,22 @@ ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 #: Importing the families is what registers their commands.
 FAMILIES: Final = commands
+
+#: Option -> the command it is short for.
+COMMANDS: Final = {
+    "blockdev": "blockdev-add",
+    "export": "block-export-add",
+    "nbd-server": "nbd-server-start",
+    "object": "object-add",
+}
+
+#: Pattern of a message -> what people are told beyond what clients are.
+HINTS: Final = {
+    r"Parameter 'id' expects an identifier": (
+        "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
+    ),
+    r"UNIX socket path '.*' is too long": "Path must be less than 108 bytes",
+}
 
 
 class Core:
@@ -81,112 +97,162 @@ class Core:
                 _log.error("while closing the nodes: %s", error)
 
 
-class StartError(Exception):
-    """Start-up failed; the text is for standard error."""
+class StartUp:
+    """Carries out the options strictly left to right, so that things are defined before they are used."""
+
+    def __init__(self, core: Core, line: options.CommandLine) -> None:
+        self._core = core
+        self._line = line
+        self._pid_file: PidFile | None = None
+        self.chardevs = chardev.Chardevs(core.ctx.objects.chardevs.content)
+        #: Character devices with a monitor on them, and whether it is pretty.
+        self.monitors: list[tuple[chardev.Chardev, bool]] = []
+
+    async def run(self) -> int | None:
+        """Everything up to the pid file; None, or the status to exit with at once. What went wrong has been said."""
+        option = None
+        try:
+            for option in self._line.options:
+                meaning = options.interpret(option, partial(_warn, option))
+                if isinstance(meaning, options.Show):
+                    print(meaning.text, end="", flush=True)
+                    return meaning.status
+                await self._carry_out(option, meaning)
+            option = None
+            if self._line.pidfile is not None:
+                self._pid_file = PidFile(self._line.pidfile)
+        except QmpdError as error:
+            _say(error.desc, option)
+            return 1
+        return None
+
+    def undo(self) -> None:
+        """Remove the sockets and the pid file."""
+        self.chardevs.close()
+        if self._pid_file is not None:
+            self._pid_file.remove()
+
+    async def _carry_out(self, option: options.Option, meaning: object) -> None:
+        match meaning:
+            case options.Arguments(tree=tree, source=source):
+                await lookup(COMMANDS[option.name]).call(self._core.ctx, tree, source)
+            case options.Monitor():
+                self._add_monitor(meaning)
+            case options.Trace(pattern=pattern):
+                if meaning.names_one:
+                    _warn(option, f"trace event '{pattern}' does not exist")
+            case options.SocketChardev() | options.StdioChardev() | options.NullChardev():
+                await self.chardevs.add(_chardev(option, meaning))
+
+    def _add_monitor(self, monitor: options.Monitor) -> None:
+        taken = self.chardevs.take(monitor.chardev)
+        if monitor.mode is not options.MonitorMode.CONTROL:
+            raise QmpdError("Only QMP is supported")
+        self.monitors.append((taken, monitor.pretty))
+
+
+def _chardev(option: options.Option, described: options.Chardev) -> chardev.Chardev:
+    match described:
+        case options.SocketChardev(id=name, address=address, server=server, wait=wait):
+            on_wait = partial(_say_waiting, option) if wait else None
+            return chardev.SocketChardev(name, _address(address), server=server, on_wait=on_wait)
+        case options.StdioChardev(id=name):
+            return chardev.StdioChardev(name)
+        case options.NullChardev(id=name):
+            return chardev.NullChardev(name)
+
+
+def _address(address: options.UnixAddress | options.InetAddress | options.FdAddress) -> chardev.SocketAddress:
+    match address:
+        case options.UnixAddress(path=path):
+            return chardev.SocketAddress(path=path)
+        case options.InetAddress(host=host, port=port):
+            return chardev.SocketAddress(host=host, port=port)
+        case options.FdAddress(fd=fd):
+            return chardev.SocketAddress(fd=fd)
+
+
+def _say(text: str, option: options.Option | None = None) -> None:
+    """Tell standard error."""
+    for pattern, hint in HINTS.items():
+        if re.fullmatch(pattern, text):
+            text = f"{text}\n{hint}"
+    sys.stderr.write(options.complaint(PROGRAM, text, option))
+    sys.stderr.flush()
+
+
+def _warn(option: options.Option, text: str) -> None:
+    _say(f"warning: {text}", option)
+
+
+def _say_waiting(option: options.Option, where: str) -> None:
+    _say(f"info: QEMU waiting for connection on: {where}", option)
 
 
 class Daemon:
     """A core with the sockets, files and signals of a command line."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, line: options.CommandLine) -> None:
         self.core = Core()
-        self._plan = plan
-        self._chardevs = Chardevs(self.core.ctx.objects.chardevs.content)
-        self._monitors: list[tuple[Chardev, bool]] = []
-        self._pid_file: PidFile | None = None
-        self._failure: StartError | None = None
+        self._start_up = StartUp(self.core, line)
 
-    async def run(self, started: Callable[[], None]) -> None:
-        """From the first option to the end; ``started`` is called when the daemon is ready to serve.
-
-        Raises StartError, with nothing left behind.
-        """
+    async def run(self, ready: Callable[[], None]) -> int:
+        """From the first option to the end; the exit status. ``ready`` is called when all is set up."""
+        status = 0
         with trio.open_signal_receiver(*ENDING_SIGNALS) as signals:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.core.run)
                 active = trio.CancelScope()
-                nursery.start_soon(self._end_on_signal, signals, active)
+                nursery.start_soon(_cancel_on_signal, signals, active)
                 with active:
-                    await self._be_active(started)
+                    status = await self._be_active(ready)
                 with trio.CancelScope(shield=True):  # ends: jobs are cancelled, clients have seconds, files close
                     await self.core.shutdown()
                     await self.core.finished.wait()
-                self._clean_up()
+                self._start_up.undo()
                 nursery.cancel_scope.cancel()
-        if self._failure is not None:
-            raise self._failure
+        return status
 
-    async def _end_on_signal(self, signals: AsyncIterator[int], active: trio.CancelScope) -> None:
-        async for _number in signals:
-            active.cancel()
-
-    async def _be_active(self, started: Callable[[], None]) -> None:
-        try:
-            await self._start_up()
-        except StartError as error:
-            self._failure = error
-            return
-        started()
-        await self._take_clients()
-
-    # -- start-up ------------------------------------------------------------------------------------------------------
-
-    async def _start_up(self) -> None:
-        """Raises StartError."""
-        for step in self._plan.steps:
-            try:
-                await self._take(step)
-            except QmpdError as error:
-                raise StartError(f"{step.option}: {error.desc}") from None
-        if self._plan.pid_file is not None:
-            try:
-                self._pid_file = PidFile(self._plan.pid_file)
-            except QmpdError as error:
-                raise StartError(error.desc) from None
-
-    async def _take(self, step: Step) -> None:
-        match step:
-            case AddChardev(chardev=chardev):
-                await self._chardevs.add(chardev)
-            case AddMonitor(chardev_id=chardev_id, pretty=pretty):
-                self._monitors.append((self._chardevs.take(chardev_id), pretty))
-            case RunCommand(command=name, arguments=arguments, source=source):
-                await lookup(name).call(self.core.ctx, arguments, source)
-
-    # -- service -------------------------------------------------------------------------------------------------------
-
-    async def _take_clients(self) -> None:
-        """Until the core ends."""
+    async def _be_active(self, ready: Callable[[], None]) -> int:
+        failure = await self._start_up.run()
+        if failure is not None:
+            return failure
+        ready()
         async with trio.open_nursery() as nursery:
-            for chardev, pretty in self._monitors:
-                nursery.start_soon(chardev.serve, partial(self.core.server.attach, pretty=pretty))
+            for end, pretty in self._start_up.monitors:
+                nursery.start_soon(end.serve, partial(self.core.server.attach, pretty=pretty))
             await self.core.stopping.wait()
             nursery.cancel_scope.cancel()
-
-    def _clean_up(self) -> None:
-        self._chardevs.close()
-        if self._pid_file is not None:
-            self._pid_file.remove()
+        return 0
 
 
-def run(plan: Plan) -> int:
-    """Be the daemon of a command line; the exit status of the process."""
-    ready = daemonize() if plan.daemonize else _nothing
+async def _cancel_on_signal(signals: AsyncIterator[int], active: trio.CancelScope) -> None:
+    """The first one ends the daemon; the others are harmless."""
+    async for _number in signals:
+        active.cancel()
+
+
+def main(words: list[str]) -> int:
+    """Be the daemon that a command line asks for; the exit status of the process."""
+    try:
+        line = options.scan(words, PROGRAM)
+    except QmpdError as error:
+        _say(error.desc)
+        return 1
+    if line.show is not None:
+        print(line.show, end="")
+        return 0
+    ready = daemonize() if line.daemonize else _nothing
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"{PROGRAM}: %(levelname)s: %(message)s")
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # What the imports have made stays; looking through it again and again would only cost time.
     gc.freeze()
     gc.enable()
-    try:
-        trio.run(_main, plan, ready)
-    except StartError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    return trio.run(_main, line, ready)
 
 
-async def _main(plan: Plan, ready: Callable[[], None]) -> None:
-    await Daemon(plan).run(ready)
+async def _main(line: options.CommandLine, ready: Callable[[], None]) -> int:
+    return await Daemon(line).run(ready)
 
 
 def _nothing() -> None:

@@ -6,10 +6,11 @@ Source: spec/qmp-protocol.md sections 13 and 15.
 from __future__ import annotations
 
 import socket
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import trio
 
 from qmpd.control import listen
 from qmpd.control.channel import Channel
@@ -70,30 +71,37 @@ class SocketChardev(Chardev):
 
     type_name = "chardev-socket"
 
-    def __init__(self, chardev_id: str, address: SocketAddress, *, server: bool, wait: bool) -> None:
-        """``wait``: start-up does not go on before the first client has come."""
+    def __init__(
+        self, chardev_id: str, address: SocketAddress, *, server: bool, on_wait: Callable[[str], None] | None = None
+    ) -> None:
+        """With ``on_wait``, :meth:`open` waits for the first client, having told ``on_wait`` where it does."""
         super().__init__(chardev_id)
         self._address = address
         self._server = server
-        self._wait = wait
+        self._on_wait = on_wait
         self._listener: listen.Listener | None = None
         self._early: list[socket.socket] = []
 
     async def open(self) -> None:
-        """Bind or connect; raises QmpdError. While it waits for a client it says so on standard error."""
+        """Bind or connect; raises QmpdError."""
         if not self._server:
             self._early.append(self._address.connect())
             return
         self._listener = self._address.listen()
-        if self._wait:
-            where = f"disconnected:{self._listener.address},server=on"
-            print(f"qmpd: info: QEMU waiting for connection on: {where}", file=sys.stderr, flush=True)
-            self._early.append(await self._listener.accept())
+        if self._on_wait is not None:
+            self._on_wait(f"disconnected:{self._listener.address},server=on")
+            try:
+                self._early.append(await self._listener.accept())
+            except trio.Cancelled:
+                self._listener.close()
+                raise
 
     async def serve(self, attach: Attach) -> None:
         """The connections that are there, then those that come."""
 
         def take(sock: socket.socket) -> None:
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a reply is not to wait for the next one
             attach(Channel.of_socket(sock), listen.peer(sock, self.id))
 
         while self._early:

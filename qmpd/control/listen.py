@@ -166,7 +166,7 @@ def _identity(path: str | None) -> tuple[int, int] | None:
 
 def _check_path(path: str) -> None:
     if len(os.fsencode(path)) >= _PATH_ROOM:
-        raise QmpdError(f"UNIX socket path '{path}' is too long\nPath must be less than {_PATH_ROOM} bytes")
+        raise QmpdError(f"UNIX socket path '{path}' is too long")
 
 
 def _clear_stale(path: str) -> None:

@@ -59,7 +59,7 @@ def test_failures_read_as_the_peers(path: str) -> None:
     texts = {
         lambda: listen.bind_unix("/nope/x"): "Failed to bind socket to /nope/x: No such file or directory",
         lambda: listen.connect_unix("nope"): "Failed to connect to 'nope': No such file or directory",
-        lambda: listen.bind_unix(long): f"UNIX socket path '{long}' is too long\nPath must be less than 108 bytes",
+        lambda: listen.bind_unix(long): f"UNIX socket path '{long}' is too long",
         lambda: listen.inherit(-1): "File descriptor '-1' is not a socket",
         lambda: listen.connect_tcp("127.0.0.1", "x"): (
             "address resolution failed for 127.0.0.1:x: Servname not supported for ai_socktype"
