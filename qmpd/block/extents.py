@@ -141,6 +141,18 @@ class ChainRuns:
         clipped = ChainRuns(offset, length, kind, layer, host)
         return clipped if (length > 0).all() else clipped._only(length > 0)
 
+    def within(self, start: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> ChainRuns:
+        """The parts in the ranges ``[start[i], end[i])``, which are sorted and disjoint (not gapless then)."""
+        ends = self.offset + self.length
+        first = np.searchsorted(ends, start, "right")
+        count = np.maximum(np.searchsorted(self.offset, end, "left") - first, 0)
+        span = np.repeat(np.arange(len(count)), count)
+        row = np.arange(len(span)) + np.repeat(first - (np.cumsum(count) - count), count)
+        begin = np.maximum(self.offset[row], start[span])
+        host = np.where(self.host[row] >= 0, self.host[row] + (begin - self.offset[row]), self.host[row])
+        length = np.minimum(ends[row], end[span]) - begin
+        return ChainRuns(begin, length, self.kind[row], self.layer[row], host)
+
     def allocated(self) -> ChainRuns:
         """Only what some layer has (not gapless then)."""
         return self._only(self.kind != RunKind.UNALLOCATED)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from qmpd.control.qapi import Bool, Features, Int, QapiModel, Str
 from qmpd.control.registry import Context, command
+from qmpd.jobs.active import ActiveCommitJob
 from qmpd.jobs.commit import CommitJob
 from qmpd.jobs.job import Job, OnError
 from qmpd.jobs.plan import CommitRequest, plan_commit
@@ -38,6 +39,7 @@ async def block_commit(ctx: Context, args: BlockCommit) -> None:
     request = CommitRequest(**{name: value for name, value in args if value is not None})
 
     def make() -> Job:
-        return CommitJob(ctx.graph, plan_commit(ctx.graph, request))
+        plan = plan_commit(ctx.graph, request)
+        return (ActiveCommitJob if plan.active else CommitJob)(ctx.graph, plan)
 
     await ctx.jobs.launch(make)

@@ -194,7 +194,13 @@ def _device_info(node: Node, image: ImageInfo, names: Mapping[Node, str]) -> Blo
         image=image,
         cache=BlockdevCacheInfo(writeback=True, direct=bool(spec.cache_direct), no_flush=bool(spec.cache_no_flush)),
         write_threshold=0,
+        dirty_bitmaps=_dirty_bitmaps(node),
     )
+
+
+def _dirty_bitmaps(node: Node) -> list[BlockDirtyInfo] | None:
+    bitmaps = node.opened.info().extra.get("dirty-bitmaps")
+    return [BlockDirtyInfo.parse(bitmap, WIRE) for bitmap in bitmaps] if bitmaps else None
 
 
 def _depth(image: ImageInfo) -> int:

@@ -159,12 +159,15 @@ def layers(top: Node, base: Node | None) -> list[BlockDevice]:
 
     A snapshot: the list stays valid while the stretch is frozen. A layer with filters over it is represented by its
     uppermost filter, so that its reads are throttled or made to fail as they are for everybody else. Job filters, which
-    are empty layers of their own, are left out.
+    are empty layers of their own, are left out, and so are filters over ``base`` itself: they show nothing of their
+    own.
     """
     found: list[BlockDevice] = []
     fresh = True
     for node in walk(top):
         if node is base:
+            if not fresh:
+                found.pop()
             break
         if node.is_filter and "backing" in node.children:
             continue

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -91,6 +91,10 @@ class Graph:
         """Begin a transaction; use as a context manager."""
         return Edit(self)
 
+    def rehearse(self, change: Callable[[Edit], object]) -> None:
+        """Raise what an edit that makes ``change`` would raise, and change nothing."""
+        Edit(self).rehearse(change)
+
 
 class Edit:
     """One transaction on the graph (see the module's text)."""
@@ -127,6 +131,15 @@ class Edit:
             self._roll_back_to(0)
             raise
         self._switch_over(granted)
+
+    def rehearse(self, change: Callable[[Edit], object]) -> None:
+        """See :meth:`Graph.rehearse`."""
+        self.graph.assert_control_thread()
+        try:
+            change(self)
+            self._refresh()
+        finally:
+            self._roll_back_to(0)
 
     def _roll_back_to(self, mark: int) -> None:
         while len(self._undo) > mark:
@@ -302,6 +315,15 @@ class Edit:
         if perm & ~edge.perm or edge.shared & ~shared:
             self._tightens = True
         self._assign_perm(edge, perm, shared)
+        self._touch(edge.node)
+
+    def admit_writers(self, edge: Edge, writers: Iterable[Edge]) -> None:
+        """The parent behind ``edge`` tolerates no writers of its node but ``writers``; that ends when it detaches.
+
+        For a promise that permissions cannot make: "nobody writes, except those who report it to me".
+        """
+        self._assign(edge, "admits", frozenset(writers))
+        self._tightens = True
         self._touch(edge.node)
 
     # -- reopening ---------------------------------------------------------------------------------------------------

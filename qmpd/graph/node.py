@@ -80,7 +80,7 @@ class JobParent:
 class Edge:
     """One parent's hold on one node. Identity matters: an edge keeps being itself when its node is replaced."""
 
-    __slots__ = ("_device", "blocker", "frozen", "name", "node", "parent", "perm", "role", "serial", "shared")
+    __slots__ = ("_device", "admits", "blocker", "frozen", "name", "node", "parent", "perm", "role", "serial", "shared")
 
     def __init__(self, parent: Parent, name: str, node: Node, role: Role, perm: Perm, shared: Perm) -> None:
         self.parent = parent
@@ -92,6 +92,8 @@ class Edge:
         self.serial = next(_serial)
         #: A job relies on the link: it may not be changed.
         self.frozen = False
+        #: Of the node's parents only these may write, whatever ``shared`` says: None is everybody.
+        self.admits: frozenset[Edge] | None = None
         #: What this link, if a backing link, refuses on its node.
         self.blocker: OpBlocker | None = None
         self._device: BlockDevice | None = None
@@ -114,6 +116,13 @@ class Edge:
             self.node, self._device = old, device
 
         return back
+
+    def unshared(self, other: Edge) -> Perm:
+        """Of what the parent behind ``other`` needs, that which this one does not tolerate."""
+        refused = ~self.shared
+        if self.admits is not None and other not in self.admits:
+            refused |= Perm.WRITE
+        return other.perm & refused
 
     def check_unfrozen(self) -> None:
         """Raise if a job relies on this link staying as it is (spec/block-graph.md section 2.2, first text)."""

@@ -148,7 +148,7 @@ def check_parents(node: Node) -> None:
     """Raise if one parent needs what another does not share. Pairs are looked at newest first."""
     for unshares in reversed(node.parents):
         for needs in reversed(node.parents):
-            conflict = needs.perm & ~unshares.shared
+            conflict = unshares.unshared(needs)
             if unshares is not needs and conflict:
                 raise QmpdError(
                     f"Permission conflict on node '{node.name}': permissions '{conflict.text()}' are both required by"

@@ -11,29 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from functools import partial
-from typing import ClassVar, Final, Literal
+from typing import Final
 
-from qmpd.block.api import BackingReference, BlockDevice, Driver, Perm, Role
+from qmpd.block.api import BackingReference, Driver, Perm, Role
 from qmpd.block.copy import CopyEngine, CopyError
 from qmpd.block.extents import chain_runs
 from qmpd.block.filters.commit_top import CommitTop
 from qmpd.errors import QmpdError
 from qmpd.graph import chain
 from qmpd.graph.edit import Edit, Graph
-from qmpd.graph.node import Backend, Edge, JobParent, Node
-from qmpd.graph.permissions import child_role
+from qmpd.graph.node import Backend, Node
 from qmpd.graph.spec import NodeSpec
 from qmpd.jobs import header
 from qmpd.jobs.cell import Cell, Rest
-from qmpd.jobs.job import Action, Body, Failure, Job, check_speed, error_action
+from qmpd.jobs.copying import CopyJob, as_errno
+from qmpd.jobs.job import Body, Failure, check_speed
 from qmpd.jobs.pieces import Pieces
 from qmpd.jobs.plan import CommitPlan
 from qmpd.jobs.surgery import back_to_read_only, quietly
 from qmpd.steps import Steps
 from qmpd.units import GIB
-
-_WRITES: Final = Perm.WRITE | Perm.WRITE_UNCHANGED
-_BUSY: Final = "block device is in use by block job: commit"
 
 WINDOW: Final = 16 * GIB
 """Bytes of the device that are mapped at once: a quarter of a million runs at most, with clusters of 64 KiB."""
@@ -41,37 +38,18 @@ ZERO_STEP: Final = GIB
 """Bytes of one zero request; between two of them the job can be paused or cancelled."""
 
 
-class CommitJob(Job):
+class CommitJob(CopyJob):
     """One block-commit whose top is not the active layer."""
 
-    job_type: ClassVar[str] = "commit"
-
     def __init__(self, graph: Graph, plan: CommitPlan) -> None:
+        super().__init__(graph, plan)
         request = plan.request
-        super().__init__(request.job_id, auto_finalize=request.auto_finalize, auto_dismiss=request.auto_dismiss)
-        self._graph = graph
-        self._plan = plan
-        self._request = request
         self._new_backing = header.NewBacking(plan.base, request.backing_file, request.backing_mask_protocol)
-        self._parent = JobParent(self.job_type, self.id)
-        self._edges: list[Edge] = []
-        self._frozen: list[Edge] = []
-        self._blocked: list[Node] = []
-        self._base_was_read_only = plan.base.read_only
-        self._target = Backend()
         self._source = Backend()
-        self._filter: Node | None = None
-        self._layers: list[BlockDevice] = []
         #: Headers that will be rewritten, as known at the start, and what they will say.
         self._headers: list[tuple[Driver, BackingReference | None]] = []
-        self._length = plan.top.length
-        #: Of the file itself, which need not be whole sectors.
-        self._base_length = plan.base.opened.length
         #: Bytes of base beyond top's end, up to here, must read as zeros (section 5).
         self._blank_end = 0
-        #: Requests that fail are found in the peer's steps where nodes are there to make them fail.
-        self._stepwise = any(node.is_filter for node in plan.top.subtree())
-        self._retrying = False
 
     # -- start: section 4.1 --------------------------------------------------------------------------------------------
 
@@ -87,49 +65,19 @@ class CommitJob(Job):
         yield from quietly([self._plan.top], self._enter_graph)
 
     def _enter_graph(self) -> None:
-        plan = self._plan
+        spec = NodeSpec(CommitTop.format_name, read_only=True)
         with self._graph.edit() as edit:
-            edit.set_read_only(plan.base, False)
-            self._filter = self._insert_filter(edit)
+            edit.set_read_only(self._plan.base, False)
+            self._insert_filter(edit, spec, lambda below: CommitTop.open({"backing": below}))
             self._attach_job(edit)
             self._attach_users(edit)
-            # The links above the filter too: whoever cut them would cut the chain from under a running commit.
-            above = chain.overlays(self._filter)
-            self._frozen = chain.freeze(edit, self._filter, plan.base) + above
-            for edge in above:
-                edit.freeze(edge)
-
-    def _insert_filter(self, edit: Edit) -> Node:
-        top, name = self._plan.top, self._request.filter_node_name
-        spec = NodeSpec(CommitTop.format_name, read_only=True).effective(None)
-        node = Node(
-            name if name is not None else self._graph.generate_name(),
-            CommitTop.format_name,
-            spec,
-            read_only=True,
-            implicit=name is None,
-            never_freeze=True,
-        )
-        edit.add_node(node)
-        role = child_role(CommitTop.format_name, "backing", {})
-        below = edit.attach(node, "backing", top, role)
-        node.driver = CommitTop.open({"backing": below.device})
-        edit.move_parents(top, node)
-        return node
+            self._freeze(edit)
 
     def _attach_job(self, edit: Edit) -> None:
-        """The job as a parent: this is what refuses other jobs, and readers of nodes whose content goes stale."""
-        plan = self._plan
-        nodes = [("main node", plan.device, Perm.ALL)]
-        for node in plan.intermediates:
-            shows_base = chain.skip_filters(node) is chain.skip_filters(plan.base)
-            shared = _WRITES | Perm.CONSISTENT_READ if shows_base else _WRITES
-            nodes.append(("intermediate node", node, shared))
-        nodes.append(("base", plan.base, Perm.ALL))
-        for name, node, shared in nodes:
-            self._edges.append(edit.attach(self._parent, name, node, Role.NONE, shared=shared))
-            edit.block_ops(node, _BUSY)
-            self._blocked.append(node)
+        """The job as a parent: this is what refuses other jobs."""
+        self._hold(edit, "main node", self._plan.device)
+        self._hold_intermediates(edit, self._plan.intermediates)
+        self._hold(edit, "base", self._plan.base)
 
     def _attach_users(self, edit: Edit) -> None:
         """The job's own I/O. Base first: it is the older of the two."""
@@ -158,15 +106,6 @@ class CommitJob(Job):
     def _check_headers(self) -> None:
         for driver, reference in self._headers:
             driver.check_backing_reference(reference)
-
-    def _grow(self) -> None:
-        if self._base_length < self._length:
-            self._device.truncate(self._length)
-
-    @property
-    def _device(self) -> BlockDevice:
-        assert self._target.edge is not None
-        return self._target.edge.device
 
     def _copy(self, cell: Cell) -> Body:
         with CopyEngine(self._layers, self._device) as engine:
@@ -214,27 +153,6 @@ class CommitJob(Job):
             offset += step
             yield from self._succeeded()
 
-    def _harden(self) -> Body:
-        """Make base durable. Not retried: after a failed sync nobody knows what the next one would vouch for."""
-        try:
-            self._device.flush()
-        except QmpdError as error:
-            yield Failure("write", Action.REPORT, error)
-            raise
-
-    def _failed(self, operation: Literal["read", "write"], error: QmpdError) -> Generator[Failure, None, None]:
-        """Have the policy's action carried out; returns if the request is to be tried again."""
-        action = error_action(self._request.on_error, error.errno)
-        yield Failure(operation, action, error)
-        if action is Action.REPORT:
-            raise error
-        self._retrying = True
-
-    def _succeeded(self) -> Generator[Rest, None, None]:
-        if self._retrying:
-            self._retrying = False
-            yield Rest()
-
     # -- end: section 4.2 ----------------------------------------------------------------------------------------------
 
     def prepare(self) -> Steps[None]:
@@ -259,26 +177,9 @@ class CommitJob(Job):
     def clean(self) -> Steps[None]:
         """Let go of all nodes."""
         with self._graph.edit() as edit:
-            for node in self._blocked:
-                edit.unblock_ops(node, _BUSY)
-            for edge in self._edges:
-                edit.detach(edge)
+            self._let_go(edit)
         if self._base_was_read_only:
             yield from back_to_read_only(self._graph, self._plan.base)
-
-    @property
-    def _the_filter(self) -> Node:
-        assert self._filter is not None
-        return self._filter
-
-    def _overlays(self, node: Node) -> list[Node]:
-        """All images backed by ``node``."""
-        return [edge.parent for edge in chain.overlays(node) if isinstance(edge.parent, Node)]
-
-    def _visible_end(self, overlays: list[Node]) -> int:
-        """How far an overlay that is longer than top would look into base, 0 if none does."""
-        end = min(self._base_length, max((node.length for node in overlays), default=0))
-        return end if end > self._length else 0
 
     def _blank_more(self, overlays: list[Node]) -> Steps[None]:
         """Overlays may have come or grown since the start."""
@@ -295,8 +196,3 @@ class CommitJob(Job):
             edit.set_perm(self._target.edge, Perm.NONE, Perm.ALL)
             edit.move_parents(self._the_filter, successor)
             edit.remove_node(self._the_filter)
-
-
-def as_errno(error: QmpdError) -> QmpdError:
-    """``error`` as clients know a failed commit: by the text of its errno alone."""
-    return QmpdError(error.strerror, error.kind, node=error.node, path=error.path, errno=error.errno)

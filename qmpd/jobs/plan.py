@@ -38,12 +38,14 @@ class CommitRequest:
 
 @dataclass(frozen=True, slots=True)
 class CommitPlan:
-    """The nodes of a commit that may begin. ``top`` is below ``device``, ``base`` below ``top``."""
+    """The nodes of a commit that may begin. ``top`` is in the chain of ``device``, ``base`` below ``top``."""
 
     request: CommitRequest
     device: Node
     top: Node
     base: Node
+    #: Somebody writes to top, or may: the job has to follow (section 7), else nothing there changes (section 4).
+    active: bool = False
 
     @property
     def intermediates(self) -> list[Node]:
@@ -61,13 +63,15 @@ def plan_commit(graph: Graph, request: CommitRequest) -> CommitPlan:
         node.check_op("commit-target")
     if top is base:
         raise QmpdError("cannot commit an image into itself")
-    _refuse_active(request, device, top)
-    overlay = chain.find_overlay(device, top)
+    active = _is_active(request, device, top)
+    overlay = None if active else chain.find_overlay(device, top)
     if overlay is not None:
         overlay.check_op("commit-target")
     if chain.skip_filters(top) is chain.skip_filters(base):
         raise QmpdError("Invalid files for merge: top and base are the same")
-    return CommitPlan(request, device, top, base)
+    if active:
+        _check_start(graph, request, base)
+    return CommitPlan(request, device, top, base, active)
 
 
 def _find_device(graph: Graph, name: str) -> Node:
@@ -108,13 +112,20 @@ def _down_to(top: Node, base: Node) -> list[Node]:
     return [*(node for edge in chain.stretch(top, base) if isinstance(node := edge.parent, Node)), base]
 
 
-def _refuse_active(request: CommitRequest, device: Node, top: Node) -> None:
-    """Whether the job must follow a writer on top is decided here; only jobs that need not are made so far."""
+def _is_active(request: CommitRequest, device: Node, top: Node) -> bool:
+    """Must the job follow a writer on top?"""
     is_active_layer = chain.skip_filters(top) is chain.skip_filters(device)
     perm, _ = top.cumulative()
     if not is_active_layer and not perm & Perm.WRITE:
-        return
-    why = "is the active layer" if is_active_layer else "has a writer on it"
+        return False
     if request.backing_file is not None:
+        why = "is the active layer" if is_active_layer else "has a writer on it"
         raise QmpdError(f"'backing-file' specified, but 'top' {why}")
-    raise QmpdError(f"Active commit is not available: '{top.name}' {why}", Kind.UNSUPPORTED, node=top.name)
+    return True
+
+
+def _check_start(graph: Graph, request: CommitRequest, base: Node) -> None:
+    """What an active commit finds out before there is a job: section 3.2, step 10."""
+    graph.rehearse(lambda edit: edit.set_read_only(base, False))
+    if request.filter_node_name is not None:
+        graph.check_new_name(request.filter_node_name)

@@ -21,15 +21,25 @@ _log = logging.getLogger(__name__)
 
 def quietly(nodes: Iterable[Node], change: Callable[[], T]) -> Steps[T]:
     """Run ``change`` while no request from above is inside ``nodes``: afterwards nobody holds on to an old link."""
+    return (yield from while_quiet(nodes, lambda: _at_once(change)))
+
+
+def while_quiet(nodes: Iterable[Node], work: Callable[[], Steps[T]]) -> Steps[T]:
+    """:func:`quietly` for a change that has something to wait for. Guests stand still until it is over."""
     held: list[Backend] = []
     try:
         for backend in chain.backends_above(nodes):
             held.append(backend)
             yield backend.quiesce
-        return change()
+        return (yield from work())
     finally:
         for backend in held:
             backend.resume()
+
+
+def _at_once(change: Callable[[], T]) -> Steps[T]:
+    yield from ()
+    return change()
 
 
 def back_to_read_only(graph: Graph, node: Node) -> Steps[None]:

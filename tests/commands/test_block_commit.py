@@ -82,7 +82,9 @@ GENERIC = [
     ({"device": "top", "top_node": "base"}, "cannot commit an image into itself"),
     ({"device": "other"}, "cannot commit an image into itself"),
     ({"device": "top", "backing_file": "x"}, "'backing-file' specified, but 'top' is the active layer"),
-    ({"device": "top"}, "Active commit is not available: 'top' is the active layer"),
+    ({"device": "top", "filter_node_name": "9x"}, "Invalid node-name: '9x'"),
+    ({"device": "top", "filter_node_name": "base"}, "Duplicate nodes with node-name='base'"),
+    ({"device": "top"}, "Invalid job ID ''"),
 ]
 
 

@@ -22,7 +22,9 @@ from qmpd.graph.edit import Graph
 from qmpd.graph.node import Node
 from qmpd.graph.open import close_unreferenced, open_tree
 from qmpd.graph.spec import NodeSpec
+from qmpd.jobs.active import ActiveCommitJob
 from qmpd.jobs.commit import CommitJob
+from qmpd.jobs.job import Job
 from qmpd.jobs.plan import CommitRequest, plan_commit
 from tests.tools import need
 
@@ -111,7 +113,11 @@ class Rig:
         await self.launch(CommitRequest(**usual | more))
 
     async def launch(self, request: CommitRequest) -> None:
-        await self.jobs.launch(lambda: CommitJob(self.graph, plan_commit(self.graph, request)))
+        def make() -> Job:
+            plan = plan_commit(self.graph, request)
+            return (ActiveCommitJob if plan.active else CommitJob)(self.graph, plan)
+
+        await self.jobs.launch(make)
         self.log.append("R")
 
     async def until(self, condition: Callable[[], bool]) -> None:
