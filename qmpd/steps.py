@@ -1,7 +1,7 @@
 """Work that alternates between the control thread and a worker, without an event loop in sight.
 
-A function that changes the graph must run on the control thread, but opening, flushing and header rewrites block. Such a
-function is written as a generator: the code between the yields runs on the control thread, and every yielded callable
+A function that changes the graph must run on the control thread, but opening, flushing and header rewrites block. Such
+a function is written as a generator: the code between the yields runs on the control thread, and every yielded callable
 is run by a worker thread, its result (or exception) coming back out of the ``yield``. The control plane drives it with
 ``control.bridge.run_steps``; tests and tools without an event loop use :func:`run_steps`.
 """
