@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qmpd.block.api import Driver, Perm
 from qmpd.block.drivers import DRIVERS
 from qmpd.block.extents import RunKind
 from qmpd.block.storage import posix
+from qmpd.block.storage.aligned import Aligned
 from qmpd.block.storage.file import FileStorage, create_file
 from qmpd.errors import Kind, QmpdError
 from qmpd.units import KIB, MIB
@@ -66,6 +68,28 @@ class TestConformanceWithoutFallocate(TestConformance):
         monkeypatch.setattr(posix, "fallocate", refuse)
 
 
+class TestConformanceAroundThePageCache(TestConformance):
+    """The suite with cache.direct: unaligned requests through aligned blocks."""
+
+    def create(self, directory: Path, length: int) -> Driver:
+        create_file(str(directory / "file.img"), length)
+        return direct(directory / "file.img")
+
+    def reopen(self, directory: Path, driver: Driver) -> Driver:
+        driver.close()
+        return direct(directory / "file.img")
+
+
+def direct(path: Path) -> FileStorage:
+    """Open around the page cache, or skip where the file system cannot."""
+    try:
+        return opened(path, **{"cache.direct": True, "aio": "native"})
+    except QmpdError as error:
+        if "O_DIRECT" in error.desc:
+            pytest.skip(error.desc)
+        raise
+
+
 # -- opening ----------------------------------------------------------------------------------------------------------
 
 
@@ -89,6 +113,12 @@ class TestConformanceWithoutFallocate(TestConformance):
             "aio=native was specified, but it requires cache.direct=on, which was not specified.",
         ),
         ("file", "dir", {"aio": "native"}, "Could not open 'dir': Is a directory"),
+        (
+            "file",
+            "/proc/version",
+            {"read_only": True, "cache.direct": True},
+            "Could not open '/proc/version': filesystem does not support O_DIRECT",
+        ),
         ("file", "r.img", {"pr_manager": "p0"}, "No persistent reservation manager with id 'p0'"),
     ],
 )
@@ -273,6 +303,68 @@ def test_options_that_a_reopen_cannot_change(tmp_path: Path, name: str) -> None:
     storage.reopen_prepare(read_only=True, options={"filename": str(tmp_path / "r"), "cache.no-flush": True})
     storage.reopen_commit()
     assert storage.read_only
+
+
+def test_reopen_goes_around_the_page_cache_and_back_under_readers(tmp_path: Path) -> None:
+    """cache.direct changes while workers read and write at odd places; no request fails."""
+    data = noise(64 * KIB, 1)
+    (tmp_path / "r").write_bytes(data)
+    direct(tmp_path / "r").close()
+    storage = opened(tmp_path / "r")
+    stop, wrong = threading.Event(), []
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                storage.write(1001, data[1001:9000])
+                if read(storage, 1, 20_000) != data[1:20_001]:
+                    wrong.append("content")
+        except QmpdError as error:
+            wrong.append(error.desc)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for turn in range(60):
+            options = {"filename": str(tmp_path / "r"), "cache.direct": turn % 2 == 0}
+            storage.reopen_prepare(read_only=False, options=options)
+            storage.reopen_commit()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("unit", [512, 4096])
+def test_partial_blocks_are_kept_apart(tmp_path: Path, unit: int) -> None:
+    """Writers of neighbouring bytes in one block, around the page cache: nobody's bytes are lost."""
+    (tmp_path / "r").write_bytes(bytes(8192))
+    storage = direct(tmp_path / "r")
+    storage._io = Aligned(unit)
+
+    def work(worker: int) -> None:
+        for turn in range(12):
+            for index in range(worker, 128, 4):
+                storage.write(index * 64, bytes([turn + 1]) * 64)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert read(storage, 0, 8192) == bytes([12]) * 8192
+
+
+def test_a_length_between_blocks_cannot_be_written_around_the_page_cache(tmp_path: Path) -> None:
+    """The last block could not be written without making the file longer."""
+    (tmp_path / "r").write_bytes(bytes(5 * 512))
+    storage = direct(tmp_path / "r")
+    storage._io = Aligned(4096)
+    with pytest.raises(QmpdError) as caught:
+        storage.permissions_check(Perm.WRITE, Perm.ALL)
+    assert str(caught.value) == (
+        "Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment"
+    )
+    grant(storage, WRITER)
 
 
 # -- durability --------------------------------------------------------------------------------------------------------

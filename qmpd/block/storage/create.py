@@ -82,7 +82,10 @@ def _preallocate(fd: int, length: int, mode: str) -> None:
         if mode == "falloc":
             os.posix_fallocate(fd, 0, length)
         else:
-            posix.write_zeroes_at(fd, 0, length)
+            done = 0
+            for piece in posix.zeroes(length):
+                posix.write_at(fd, done, piece)
+                done += len(piece)
             os.fsync(fd)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -19,6 +19,7 @@ from qmpd.block import locking
 from qmpd.block.api import BlockDevice, Buffer, Driver, ImageInfo, Perm
 from qmpd.block.extents import Run, RunKind, Runs
 from qmpd.block.storage import posix
+from qmpd.block.storage.aligned import Aligned, Cached, FileIO, block_size
 from qmpd.block.storage.create import create_file
 from qmpd.block.storage.handle import FileHandle, Flags, cannot_open
 from qmpd.errors import Kind, QmpdError, from_oserror
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 #: Options that a reopen may not change, with the value they have when not given.
 _FIXED_OPTIONS: Mapping[str, Any] = {"locking": "auto", "aio": "threads", "aio-max-batch": 0, "pr-manager": None}
+
+_UNALIGNED_LENGTH = "Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment"
 
 #: Data-and-hole pairs that one map() looks up at most; each costs two system calls.
 _MAP_PAIRS = 4096
@@ -56,6 +59,7 @@ class FileStorage(Driver):
         self.read_only = read_only
         self._options: Mapping[str, Any] = dict(options)
         self._next_options: Mapping[str, Any] | None = None
+        self._next_io: FileIO | None = None
         self._handle = FileHandle(path, _flags(options, read_only), locked=_wants_locks(options))
         self._growth = threading.Lock()
         #: fallocate modes that this file turned out not to have.
@@ -68,6 +72,7 @@ class FileStorage(Driver):
             self._check_kind()
             _check_options(options)
             self._length = self._find_length()
+            self._io = self._choose_io(options)
         except QmpdError:
             self._handle.close()
             raise
@@ -110,16 +115,22 @@ class FileStorage(Driver):
     # -- I/O -----------------------------------------------------------------------------------------------------------
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
+        io = self._io
         try:
-            posix.read_at(self.fd, offset, buffer)
+            io.read(self.fd, offset, buffer)
         except OSError as error:
-            raise self._failed(error, offset) from error
+            if error.errno != errno.EINVAL or io is self._io:
+                raise self._failed(error, offset) from error
+            self._io.read(self.fd, offset, buffer)  # a reopen changed cache.direct under this request
 
     def write(self, offset: int, data: Buffer) -> None:
+        io = self._io
         try:
-            posix.write_at(self.fd, offset, data)
+            io.write(self.fd, offset, data)
         except OSError as error:
-            raise self._failed(error, offset) from error
+            if error.errno != errno.EINVAL or io is self._io:
+                raise self._failed(error, offset) from error
+            self._io.write(self.fd, offset, data)
         self.note_written(offset + len(data))
 
     def note_written(self, end: int) -> None:
@@ -134,7 +145,7 @@ class FileStorage(Driver):
             if punch and self._fallocate(posix.PUNCH_HOLE | posix.KEEP_SIZE, offset, length):
                 self._reach(offset + length)
             elif not self._fallocate(posix.ZERO_RANGE, offset, length):
-                posix.write_zeroes_at(self.fd, offset, length)
+                self._write_plain_zeroes(offset, length)
         except OSError as error:
             raise self._failed(error, offset) from error
         self.note_written(offset + length)
@@ -202,7 +213,8 @@ class FileStorage(Driver):
         return position
 
     def direct(self, offset: int, length: int) -> tuple[FileStorage, int] | None:
-        return self, offset
+        """This file; around the page cache there is no short cut, since the descriptor takes aligned blocks only."""
+        return None if isinstance(self._io, Aligned) else (self, offset)
 
     def truncate(self, length: int) -> None:
         try:
@@ -212,10 +224,15 @@ class FileStorage(Driver):
         with self._growth:
             self._length = align_up(length, SECTOR)
 
+    def _write_plain_zeroes(self, offset: int, length: int) -> None:
+        for piece in posix.zeroes(length):
+            self._io.write(self.fd, offset, piece)
+            offset += len(piece)
+
     def _reach(self, end: int) -> None:
         """Make the file at least ``end`` long without ever making it shorter (somebody may be writing behind)."""
         if end > self._file_end():
-            posix.write_at(self.fd, end - 1, b"\0")
+            self._io.write(self.fd, end - 1, b"\0")
 
     def _fallocate(self, mode: int, offset: int, length: int) -> bool:
         """Try one mode; False if this file does not have it."""
@@ -245,6 +262,9 @@ class FileStorage(Driver):
     def _is_required_kind(self, mode: int) -> bool:
         return stat.S_ISREG(mode)
 
+    def _choose_io(self, options: Mapping[str, Any]) -> FileIO:
+        return Aligned(block_size(self.fd)) if options.get("cache.direct", False) else Cached()
+
     def _check_kind(self) -> None:
         if not self._is_required_kind(os.fstat(self.fd).st_mode):
             raise QmpdError(
@@ -273,6 +293,9 @@ class FileStorage(Driver):
     # -- the graph's side ----------------------------------------------------------------------------------------------
 
     def permissions_check(self, perm: Perm, shared: Perm) -> None:
+        io = self._next_io or self._io
+        if isinstance(io, Aligned) and self._length % io.unit and perm & (Perm.WRITE | Perm.RESIZE) == Perm.WRITE:
+            raise QmpdError(_UNALIGNED_LENGTH, path=self.path)
         self._handle.prepare_permissions(perm, self._shared_outside(perm, shared))
 
     def permissions_commit(self, perm: Perm, shared: Perm) -> None:
@@ -295,15 +318,23 @@ class FileStorage(Driver):
         _check_options(coming)
         self._handle.prepare_flags(_flags(coming, read_only))
         self._next_options = coming
+        if bool(coming.get("cache.direct", False)) != isinstance(self._io, Aligned):
+            self._next_io = self._choose_io(coming)
 
     def reopen_commit(self) -> None:
+        coming, self._next_options = self._next_options or self._options, None
+        direct = bool(coming.get("cache.direct", False))
+        if direct and self._next_io is not None:  # aligned requests suit the old descriptor too, others not the new one
+            self._io = self._next_io
         self._handle.commit_flags()
+        if not direct:
+            self._io = self._next_io or self._io
+        self._next_io = None
+        self._options = coming
         self.read_only = self._handle.flags.read_only
-        if self._next_options is not None:
-            self._options, self._next_options = self._next_options, None
 
     def reopen_abort(self) -> None:
-        self._next_options = None
+        self._next_options = self._next_io = None
         self._handle.abort_flags()
 
 
@@ -344,9 +375,7 @@ def _wants_locks(options: Mapping[str, Any]) -> bool:
 
 def _check_options(options: Mapping[str, Any]) -> None:
     """Options that the peer accepts and this driver cannot honour are refused by name; the others need no action."""
-    if options.get("cache.direct", False):
-        raise QmpdError("cache.direct=on is not supported by the file driver", Kind.UNSUPPORTED)
-    if options.get("aio") == "native":
+    if options.get("aio") == "native" and not options.get("cache.direct", False):
         raise QmpdError("aio=native was specified, but it requires cache.direct=on, which was not specified.")
     if options.get("pr-manager") is not None:
         raise QmpdError(f"No persistent reservation manager with id '{options['pr-manager']}'")

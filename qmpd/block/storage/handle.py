@@ -40,8 +40,10 @@ class Flags:
         return access | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | (os.O_DIRECT if self.direct else 0)
 
 
-def cannot_open(path: str, error: OSError) -> QmpdError:
+def cannot_open(path: str, error: OSError, *, direct: bool = False) -> QmpdError:
     """QEMU's text for a file that does not open."""
+    if error.errno == errno.EINVAL and direct:
+        return from_oserror(error, f"Could not open '{path}': filesystem does not support O_DIRECT", path=path)
     return from_oserror(error, f"Could not open '{path}': {error.strerror}", path=path)
 
 
@@ -55,7 +57,7 @@ class FileHandle:
         try:
             self.fd = os.open(path, self._mode)
         except OSError as error:
-            raise cannot_open(path, error) from error
+            raise cannot_open(path, error, direct=flags.direct) from error
         self._locked = locked
         self._perm = Perm.NONE
         #: Lock bytes on ``fd``, those of a change under way included.
@@ -161,7 +163,7 @@ class FileHandle:
         except OSError as error:
             if mode & os.O_ACCMODE == os.O_RDONLY and not flags.read_only:
                 return  # auto-read-only going back is a courtesy; staying read-write is no error
-            raise cannot_open(self.path, error) from error
+            raise cannot_open(self.path, error, direct=flags.direct) from error
         try:
             locking.lock(fd, self._held)
         except QmpdError:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
 from typing import Final
 
 from qmpd.block.api import Buffer
@@ -22,6 +23,9 @@ ZERO_RANGE: Final = 16
 
 _WRITEBACK_START: Final = 2
 _FICLONERANGE: Final = 0x4020940D
+_AT_EMPTY_PATH: Final = 0x1000
+_STATX_DIOALIGN: Final = 0x2000
+_STX_DIO_OFFSET_ALIGN: Final = 156
 
 #: A transfer larger than this is cut by the kernel (MAX_RW_COUNT, rounded down to a friendlier number).
 MAX_TRANSFER: Final = 1 << 30
@@ -35,6 +39,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _off = ctypes.c_int64
 _fallocate = _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, _off, _off)
+_statx = _libc.statx
+_statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
 _sync_file_range = _libc.sync_file_range
 _sync_file_range.argtypes = (ctypes.c_int, _off, _off, ctypes.c_uint)
 
@@ -65,27 +71,37 @@ def write_at(fd: int, offset: int, data: Buffer) -> None:
         count = os.pwrite(fd, rest, offset)
 
 
-def write_zeroes_at(fd: int, offset: int, length: int) -> None:
-    """Write ``length`` zero bytes as plain data."""
+def zeroes(length: int) -> Iterator[memoryview]:
+    """``length`` zero bytes in pieces of a handy size."""
+    whole = memoryview(_ZEROES)
     while length > 0:
-        count = min(length, len(_ZEROES))
-        write_at(fd, offset, _ZEROES if count == len(_ZEROES) else memoryview(_ZEROES)[:count])
-        offset, length = offset + count, length - count
+        piece = whole[:length]
+        yield piece
+        length -= len(piece)
 
 
 def zero_fill(buffer: memoryview) -> None:
     """Set a byte buffer to zeros."""
     done = 0
-    while done < len(buffer):
-        count = min(len(buffer) - done, len(_ZEROES))
-        buffer[done : done + count] = memoryview(_ZEROES)[:count]
-        done += count
+    for piece in zeroes(len(buffer)):
+        buffer[done : done + len(piece)] = piece
+        done += len(piece)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2); ``mode`` is made of KEEP_SIZE, PUNCH_HOLE and ZERO_RANGE."""
     while _fallocate(fd, mode, offset, length) != 0:
         _raise_unless_interrupted()
+
+
+def direct_alignment(fd: int) -> int:
+    """Block size of O_DIRECT requests on this file as statx(2) tells (Linux 6.1), 0 if it does not."""
+    answer = ctypes.create_string_buffer(256)
+    if _statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, answer) != 0:
+        return 0
+    (mask,) = struct.unpack_from("=I", answer, 0)
+    (unit,) = struct.unpack_from("=I", answer, _STX_DIO_OFFSET_ALIGN)
+    return int(unit) if mask & _STATX_DIOALIGN else 0
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
