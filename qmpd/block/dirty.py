@@ -49,10 +49,10 @@ class DirtyMap:
 
     def mark(self, offset: int, length: int) -> None:
         """Make every granule dirty that the range touches; what lies beyond the device counts for nothing."""
-        first = offset // self.granularity
-        end = ceil_div(min(offset + length, self.length), self.granularity)
-        if length <= 0 or first >= end:
+        stop = min(offset + length, self.length)
+        if offset >= stop:
             return
+        first, end = offset // self.granularity, ceil_div(stop, self.granularity)
         with self._lock:
             if end - first == 1:
                 self._mark_one(first)

@@ -176,3 +176,17 @@ def test_each_byte_is_settled_once_however_deep_the_chain(depth: int) -> None:
     merged = merge(stack)
     assert merged.layer.tolist() == [i % depth for i in range(count)]
     assert merged.allocated_bytes == count * unit
+
+
+@given(layers(), st.sets(st.integers(0, LENGTH), max_size=8))
+def test_within_keeps_the_parts_in_the_ranges(layer: Layer, cuts: set[int]) -> None:
+    """Any ranges, also those that begin in a gap of the table: what is left is what the table said there."""
+    runs = merge([layer.map(0, LENGTH)]).allocated()
+    bounds = sorted(cuts)[: len(cuts) // 2 * 2]
+    start, end = (np.array(bounds[i::2], np.int64) for i in (0, 1))
+    inside = {byte for s, e in zip(bounds[::2], bounds[1::2], strict=True) for byte in range(s, e)}
+
+    got = {o + i: (k, n, h + i if h >= 0 else h) for o, c, k, n, h in runs.within(start, end) for i in range(c)}
+    all_of_it = {o + i: (k, n, h + i if h >= 0 else h) for o, c, k, n, h in runs for i in range(c)}
+
+    assert got == {byte: what for byte, what in all_of_it.items() if byte in inside}
