@@ -168,7 +168,7 @@ class Conformance:
         device.write(64 * KIB, data[64 * KIB : 2 * MIB])
         assert read(device, 0, LENGTH) == self.kept(data)
 
-    @settings(max_examples=25, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, suppress_health_check=list(HealthCheck), deadline=None)
     @given(
         st.lists(st.tuples(st.sampled_from("wzd"), st.integers(0, LENGTH - 1), st.integers(0, 300 * KIB)), max_size=12)
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpd.block.extents import NO_LAYER, ChainRuns, Run, RunKind, Runs, chain_runs, merge
@@ -81,6 +81,7 @@ def flat(runs: ChainRuns) -> list[tuple[RunKind, int, int]]:
     ]
 
 
+@settings(deadline=None)
 @given(st.lists(layers(), min_size=1, max_size=6))
 def test_merge_is_the_topmost_word_on_each_byte(stack: list[Layer]) -> None:
     """Whatever the layers say, each byte gets the first answer from the top."""
@@ -89,6 +90,7 @@ def test_merge_is_the_topmost_word_on_each_byte(stack: list[Layer]) -> None:
     assert flat(merged) == list(shadow(stack, 0, LENGTH))
 
 
+@settings(deadline=None)
 @given(layers(), st.lists(layers(shortest=0), max_size=5), st.integers(0, LENGTH - 1), st.integers(1, LENGTH))
 def test_chain_runs_agrees_with_the_shadow_in_any_range(
     top: Layer, lower: list[Layer], start: int, length: int
@@ -105,6 +107,7 @@ def test_chain_runs_agrees_with_the_shadow_in_any_range(
     assert words == list(shadow(stack, start, end))
 
 
+@settings(deadline=None)
 @given(st.lists(layers(), min_size=1, max_size=4), st.integers(0, LENGTH), st.integers(0, LENGTH))
 def test_clip_keeps_what_lies_inside(stack: list[Layer], start: int, end: int) -> None:
     """A clipped table says the same about each byte inside, and nothing about others."""
@@ -114,6 +117,7 @@ def test_clip_keeps_what_lies_inside(stack: list[Layer], start: int, end: int) -
     assert inside.allocated_bytes == sum(kind != RunKind.UNALLOCATED for kind, _, _ in flat(inside))
 
 
+@settings(deadline=None)
 @given(st.lists(layers(), min_size=1, max_size=4))
 def test_neighbours_that_continue_each_other_are_one_run(stack: list[Layer]) -> None:
     """No two rows could be one, except compressed clusters: each of those is a unit of work."""
@@ -178,6 +182,7 @@ def test_each_byte_is_settled_once_however_deep_the_chain(depth: int) -> None:
     assert merged.allocated_bytes == count * unit
 
 
+@settings(deadline=None)
 @given(layers(), st.sets(st.integers(0, LENGTH), max_size=8))
 def test_within_keeps_the_parts_in_the_ranges(layer: Layer, cuts: set[int]) -> None:
     """Any ranges, also those that begin in a gap of the table: what is left is what the table said there."""
