@@ -207,10 +207,9 @@ async def test_types() -> None:
         creatable = await client.execute("qom-list-types", implements="user-creatable")
         everything = await client.execute("qom-list-types", abstract=True)
 
-        assert creatable == [
-            {"name": "iothread", "parent": "event-loop-base"},
-            {"name": "secret", "parent": "secret_common"},
-        ]
+        assert {"name": "iothread", "parent": "event-loop-base"} in creatable
+        assert {"name": "secret", "parent": "secret_common"} in creatable
+        assert not any("abstract" in entry for entry in creatable)
         assert {"name": "object", "abstract": True} in everything
         assert await client.execute("qom-list-types", implements="nope") == []
         described = await client.execute("qom-list-properties", typename="secret")
