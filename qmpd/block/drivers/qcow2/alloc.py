@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from qmpd.block.debug import Event
 from qmpd.block.drivers.qcow2.cache import Table
 from qmpd.block.drivers.qcow2.header import MAX_REFCOUNT_TABLE
 from qmpd.block.drivers.qcow2.tables import I64, MAX_HOST
@@ -52,6 +53,7 @@ class Allocator:
 
         Raises CORRUPT if metadata is known to lie there, EFBIG past the format's limits; then nothing is taken.
         """
+        self._image.announce(Event.CLUSTER_ALLOC)
         found: list[I64] = []
         try:
             while count:
@@ -73,6 +75,7 @@ class Allocator:
         fits = end <= MAX_HOST and (getattr(image.file, "growable", False) or end <= image.file.length)
         if block is None or block.data[position] or not fits or image.overlap.at(cluster):
             return int(self.allocate(1)[0])
+        image.announce(Event.CLUSTER_ALLOC)
         block.data[position] = 1
         image.meta.refcount_blocks.touch(block, position, position + 1)
         self._cursor = cluster + 1
@@ -94,6 +97,7 @@ class Allocator:
 
     def allocate_run(self, count: int) -> int:
         """The first of ``count`` neighbouring clusters, taken."""
+        self._image.announce(Event.CLUSTER_ALLOC)
         first = self._find_run(count)
         if first is None:
             return int(self._accept(np.arange(count, dtype=np.int64) + self._append_region(count))[0])
@@ -152,6 +156,7 @@ class Allocator:
     def _add_blocks(self, index: int, first: int, count: int, used: int) -> None:
         """New blocks number ``index``... at clusters ``first``...; the first ``used`` clusters they cover count 1."""
         image, per_block = self._image, self._refcounts.per_block
+        image.announce(Event.REFBLOCK_ALLOC)
         clusters = np.arange(first, first + count, dtype=np.int64)
         name = image.overlap.any(clusters)
         if name or not first:
@@ -182,6 +187,7 @@ class Allocator:
             raise QmpdError(strerror(errno.EFBIG), Kind.IO, errno=errno.EFBIG)
         old = table.entries
         if table_clusters:
+            self._image.announce(Event.REFTABLE_GROW)
             table.entries = np.zeros(table_clusters * self._image.geometry.cluster_size // 8, np.uint64)
             table.entries[: len(old)] = old
         try:
@@ -222,9 +228,12 @@ class Allocator:
         """Write the refcount table to its new place and point the header there, durably."""
         image, size = self._image, self._image.geometry.cluster_size
         table, old = image.meta.refcount_table, image.header
+        image.announce(Event.REFBLOCK_ALLOC_WRITE_BLOCKS)
         blocks = image.meta.refcount_blocks.write_back()
+        image.announce(Event.REFBLOCK_ALLOC_WRITE_TABLE)
         image.file.write(first * size, table.entries.astype(">u8").tobytes())
         image.file.flush()
+        image.announce(Event.REFBLOCK_ALLOC_SWITCH_TABLE)
         image.write_header_field(48, struct.pack(">QI", first * size, clusters))
         image.meta.refcount_blocks.settle(blocks)
         table.offset = first * size
@@ -269,6 +278,7 @@ class Allocator:
 
     def _drop(self, clusters: I64) -> I64:
         """Lower counts; returns the clusters that are free now."""
+        self._image.announce(Event.CLUSTER_FREE)
         self._refcounts.add(clusters, -1)
         clusters = np.unique(clusters)
         gone: I64 = clusters[self._refcounts.get_many(clusters) == 0]

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from qmpd.block.api import BlockDevice
+from qmpd.block.debug import Event, announcer
 from qmpd.block.drivers.qcow2.tables import U64
 from qmpd.units import align_up
 
@@ -64,6 +65,13 @@ class L2Codec(Codec):
         return part.astype(">u8").tobytes()
 
 
+class Moments(NamedTuple):
+    """What is announced (:mod:`qmpd.block.debug`) before a table is read, and before it is written."""
+
+    load: Event
+    update: Event
+
+
 class Table:
     """One cached cluster of metadata. ``data`` is changed in place, then :meth:`TableCache.touch` is told."""
 
@@ -79,19 +87,25 @@ class Table:
 class TableCache:
     """L2 tables or refcount blocks, by host offset, least recently used first."""
 
-    def __init__(self, file: BlockDevice, codec: Codec, table_size: int, limit: int) -> None:
-        self.file = file
+    def __init__(self, file: BlockDevice, codec: Codec, table_size: int, limit: int, moments: Moments) -> None:
+        self.set_file(file)
+        self._moments = moments
         self._codec = codec
         self._size = table_size
         self.limit = limit
         self._tables: OrderedDict[int, Table] = OrderedDict()
         self._dirty: dict[int, Table] = {}
 
+    def set_file(self, file: BlockDevice) -> None:
+        """Go on with another device for the same bytes."""
+        self.file = file
+        self._announce = announcer(file)
+
     def get(self, offset: int) -> Table:
         """The table at that host offset, read if need be (zeros where the file has ended)."""
         table = self._tables.get(offset)
         if table is None:
-            table = self._tables[offset] = Table(offset, self._codec.decode(read_padded(self.file, offset, self._size)))
+            table = self._tables[offset] = Table(offset, self._read(offset))
         else:
             self._tables.move_to_end(offset)
         return table
@@ -109,6 +123,10 @@ class TableCache:
         table = self._tables.get(offset)
         if table is not None:
             return table.data
+        return self._read(offset)
+
+    def _read(self, offset: int) -> Array:
+        self._announce(self._moments.load)
         return self._codec.decode(read_padded(self.file, offset, self._size))
 
     def create(self, offset: int, data: Array) -> Table:
@@ -150,6 +168,7 @@ class TableCache:
         unit = max(1, rows * _WRITE_UNIT // self._size)
         low = table.low // unit * unit
         high = min(align_up(table.high, unit), rows)
+        self._announce(self._moments.update)
         self.file.write(table.offset + low * self._size // rows, self._codec.encode(table.data[low:high]))
 
     def settle(self, written: list[Table]) -> None:
@@ -174,15 +193,23 @@ class TableCache:
 class PointerTable:
     """The L1 table or the refcount table: wholly in memory, changed entry by entry."""
 
-    def __init__(self, file: BlockDevice, offset: int, entries: U64) -> None:
-        self.file = file
+    def __init__(self, file: BlockDevice, offset: int, entries: U64, update: Event) -> None:
+        """``update`` is announced before the table is written."""
+        self.set_file(file)
+        self._update = update
         self.offset = offset
         self.entries = entries
         self._dirty: set[int] = set()
 
     @classmethod
-    def load(cls, file: BlockDevice, offset: int, count: int) -> PointerTable:
-        return cls(file, offset, np.frombuffer(read_padded(file, offset, count * 8), ">u8").astype(np.uint64))
+    def load(cls, file: BlockDevice, offset: int, count: int, update: Event) -> PointerTable:
+        entries = np.frombuffer(read_padded(file, offset, count * 8), ">u8").astype(np.uint64)
+        return cls(file, offset, entries, update)
+
+    def set_file(self, file: BlockDevice) -> None:
+        """Go on with another device for the same bytes."""
+        self.file = file
+        self._announce = announcer(file)
 
     def __getitem__(self, index: int) -> int:
         return int(self.entries[index])
@@ -209,6 +236,7 @@ class PointerTable:
         starts = np.flatnonzero(np.diff(changed, prepend=-1000) > 64)
         for first, last in zip(starts, np.append(starts[1:], len(changed)) - 1, strict=True):
             low, high = int(changed[first]), int(changed[last]) + 1
+            self._announce(self._update)
             self.file.write(self.offset + low * 8, self.entries[low:high].astype(">u8").tobytes())
 
     def settle(self) -> None:
@@ -237,7 +265,7 @@ class MetadataCache:
         """Go on with another device for the same bytes."""
         self._file = file
         for part in (self.l1, self.refcount_table, self.l2, self.refcount_blocks):
-            part.file = file
+            part.set_file(file)
 
     @property
     def dirty(self) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qmpd.block.debug import Event
 from qmpd.block.drivers.qcow2.cache import Table
 from qmpd.block.drivers.qcow2.tables import (
     ALL_ALLOCATED,
@@ -107,10 +108,12 @@ class Clusters:
                 raise image.corruption(f"L2 table at {offset:#x} has the copied flag, but its refcount is not 1")
             return image.meta.l2.get(offset)
         if offset:
+            image.announce(Event.L2_ALLOC_COW_READ)
             data = image.meta.l2.get(offset).data.copy()
         else:
             data = np.zeros((self._geometry.l2_entries, self._geometry.words), np.uint64)
         cluster = int(image.alloc.allocate(1)[0])
+        image.announce(Event.L2_ALLOC_WRITE)
         table = image.meta.l2.create(cluster * size, data)
         image.meta.l1[l1_index] = cluster * size | COPIED
         image.overlap.l2.add(cluster)

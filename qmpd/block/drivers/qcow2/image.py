@@ -17,10 +17,11 @@ from typing import Final
 import numpy as np
 
 from qmpd.block.api import BlockDevice
+from qmpd.block.debug import Event, announcer
 from qmpd.block.drivers.qcow2 import header as hdr
 from qmpd.block.drivers.qcow2.alloc import Allocator
 from qmpd.block.drivers.qcow2.bitmaps import Bitmap, load_bitmaps
-from qmpd.block.drivers.qcow2.cache import L2Codec, MetadataCache, PointerTable, TableCache, read_padded
+from qmpd.block.drivers.qcow2.cache import L2Codec, MetadataCache, Moments, PointerTable, TableCache, read_padded
 from qmpd.block.drivers.qcow2.header import Header
 from qmpd.block.drivers.qcow2.inflight import Inflight
 from qmpd.block.drivers.qcow2.overlap import Overlap
@@ -36,6 +37,9 @@ _log = logging.getLogger(__name__)
 L2_CACHE: Final = 32 * MIB
 REFCOUNT_CACHE: Final = 8 * MIB
 
+L2_MOMENTS: Final = Moments(Event.L2_LOAD, Event.L2_UPDATE)
+REFBLOCK_MOMENTS: Final = Moments(Event.REFBLOCK_LOAD, Event.REFBLOCK_UPDATE_PART)
+
 _SECTOR: Final = 512
 
 
@@ -45,6 +49,8 @@ class Image:
     def __init__(self, file: BlockDevice, *, read_only: bool, l2_cache: int, refcount_cache: int) -> None:
         """Reads and validates header, tables, snapshots and bitmaps. Raises CORRUPT or UNSUPPORTED errors."""
         self.file = file
+        #: Tells a blkdebug below of inner moments; called with or without the lock.
+        self.announce = announcer(file)
         self.read_only = read_only
         self.header = hdr.parse(bytes(read_padded(file, 0, min(file.length, 2 * MIB))), read_only=read_only)
         self.geometry = Geometry(self.header.cluster_bits, self.header.extended_l2)
@@ -54,14 +60,17 @@ class Image:
         self.inflight = Inflight(self.lock)
         codec = RefcountCodec(self.header.refcount_order)
         size = self.geometry.cluster_size
+        l1 = PointerTable.load(file, self.header.l1_offset, self.header.l1_size, Event.L1_UPDATE)
+        self.announce(Event.REFTABLE_LOAD)
+        table_entries = self.header.refcount_table_clusters * size // 8
         self.meta = MetadataCache(
             file,
-            l1=PointerTable.load(file, self.header.l1_offset, self.header.l1_size),
+            l1=l1,
             refcount_table=PointerTable.load(
-                file, self.header.refcount_table_offset, self.header.refcount_table_clusters * size // 8
+                file, self.header.refcount_table_offset, table_entries, Event.REFBLOCK_ALLOC_HOOKUP
             ),
-            l2=TableCache(file, L2Codec(self.geometry.words), size, l2_cache),
-            refcount_blocks=TableCache(file, codec, size, refcount_cache),
+            l2=TableCache(file, L2Codec(self.geometry.words), size, l2_cache, L2_MOMENTS),
+            refcount_blocks=TableCache(file, codec, size, refcount_cache, REFBLOCK_MOMENTS),
         )
         self.refcounts = Refcounts(self, codec)
         self.overlap = Overlap()
@@ -84,6 +93,7 @@ class Image:
     def set_file(self, file: BlockDevice) -> None:
         """The same bytes through another device. Nothing in flight."""
         self.file = file
+        self.announce = announcer(file)
         self.meta.set_file(file)
 
     # -- damage ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 
 from qmpd.block.api import BlockDevice
+from qmpd.block.debug import Event
 from qmpd.block.drivers.qcow2.cache import read_padded
 from qmpd.block.drivers.qcow2.clusters import Clusters
 from qmpd.block.drivers.qcow2.decompress import decompress
@@ -151,6 +152,7 @@ class Reader:
                 return False
             ticket = image.inflight.enter()
         try:
+            image.announce(Event.READ_AIO)
             image.file.readinto(host + inner, buffer)
         finally:
             image.inflight.leave(ticket)
@@ -158,12 +160,14 @@ class Reader:
 
     def _read_run(self, run: Run, buffer: memoryview) -> None:
         if run.kind == RunKind.DATA:
+            self._image.announce(Event.READ_AIO)
             self._image.file.readinto(run.host, buffer)
         elif run.kind == RunKind.COMPRESSED:
             self._read_compressed(run.offset, buffer)
         elif run.kind == RunKind.ZERO or self.backing is None:
             buffer[:] = bytes(len(buffer))
         else:
+            self._image.announce(Event.READ_BACKING_AIO)
             self._read_backing(self.backing, run.offset, buffer)
 
     @staticmethod
@@ -191,6 +195,7 @@ class Reader:
         if content is None:
             size = self._image.geometry.cluster_size
             host, length = self._image.geometry.compressed_span(entry)
+            self._image.announce(Event.READ_COMPRESSED)
             stream = bytes(read_padded(self._image.file, host, length))
             content = decompress(self._image.header.compression_type, stream, size, offset=offset - offset % size)
             with self._image.lock:

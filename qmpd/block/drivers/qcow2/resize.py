@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from qmpd.block.debug import Event
 from qmpd.block.drivers.qcow2.clusters import Clusters
 from qmpd.block.drivers.qcow2.header import MAX_L1_ENTRIES
 from qmpd.block.drivers.qcow2.image import Image
@@ -102,14 +103,17 @@ class Resizer:
         image, size = self._image, self._image.geometry.cluster_size
         image.meta.flush(image.alloc.release)
         clusters = ceil_div(entries * 8, size)
+        image.announce(Event.L1_GROW_ALLOC_TABLE)
         first = image.alloc.allocate_run(clusters)
         table, header = image.meta.l1, image.header
         grown = np.zeros(entries, np.uint64)
         grown[: len(table)] = table.entries
         try:
             image.meta.flush_refcounts()
+            image.announce(Event.L1_GROW_WRITE_TABLE)
             image.file.write(first * size, grown.astype(">u8").tobytes())
             image.file.flush()
+            image.announce(Event.L1_GROW_ACTIVATE_TABLE)
             image.write_header_field(36, struct.pack(">IQ", entries, first * size))
         except QmpdError:
             image.alloc.give_back(np.arange(first, first + clusters, dtype=np.int64))
@@ -149,6 +153,7 @@ class Resizer:
     def _drop_tables(self, first: int) -> None:
         """L2 tables from L1 entry ``first`` on, whose entries are all zero now. Lock held."""
         image = self._image
+        image.announce(Event.L1_SHRINK_FREE_L2_CLUSTERS)
         offsets = (image.meta.l1.entries & np.uint64(OFFSET_MASK)).astype(np.int64)
         for index in (np.flatnonzero(offsets[first:]) + first).tolist():
             cluster = int(offsets[index]) // image.geometry.cluster_size

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
+from qmpd.block.debug import Event
 from qmpd.block.drivers.qcow2.inflight import Claim
 from qmpd.block.drivers.qcow2.tables import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO
 from qmpd.block.extents import RunKind, Runs
@@ -75,7 +76,10 @@ class Single:
 
     def place(self, offset: int) -> Remap | None:
         """The cluster at ``offset`` for a caller who fills it; None if it is not an ordinary one."""
-        return self._remap(offset >> self._geometry.cluster_bits)
+        remap = self._remap(offset >> self._geometry.cluster_bits)
+        if remap is not None:
+            self._image.announce(Event.WRITE_AIO)
+        return remap
 
     # -- in place ------------------------------------------------------------------------------------------------------
 
@@ -90,6 +94,7 @@ class Single:
                 return False
             ticket = image.inflight.enter()
         try:
+            image.announce(Event.WRITE_AIO)
             image.file.write(host, data)
         finally:
             image.inflight.leave(ticket)
@@ -184,16 +189,20 @@ class Single:
         """Write the whole new cluster: ``data`` at ``inner``, around it what the guest sees there now."""
         image, size = self._image, self.cluster_size
         if len(data) == size or (remap.virgin and self._is_blank(remap)):
+            image.announce(Event.WRITE_AIO)
             image.file.write(remap.host + inner, data)
             return
         content = memoryview(bytearray(size))
         start = remap.cluster * size
         after = inner + len(data)
+        image.announce(Event.COW_READ)
         if inner:
             self._reader.readinto(start, content[:inner])
         if after < size:
             self._reader.readinto(start + after, content[after:])
         content[inner:after] = data
+        image.announce(Event.COW_WRITE)
+        image.announce(Event.WRITE_AIO)
         image.file.write(remap.host, content)
 
     def _is_blank(self, remap: Remap) -> bool:

@@ -16,6 +16,7 @@ from typing import Final
 
 import numpy as np
 
+from qmpd.block.debug import Event
 from qmpd.block.drivers.qcow2.clusters import Clusters, States
 from qmpd.block.drivers.qcow2.header import BITMAPS, DIRTY, KNOWN_AUTOCLEAR
 from qmpd.block.drivers.qcow2.image import Image
@@ -120,6 +121,7 @@ class Writer:
                 low = max(offset, (first + row) << geometry.cluster_bits)
                 high = min(end, (first + row + count) << geometry.cluster_bits)
                 host = int(plan.host[row]) + (low & (geometry.cluster_size - 1))
+                self._image.announce(Event.WRITE_AIO)
                 self._image.file.write(host, data[low - offset : high - offset])
             with self._image.lock:
                 self._publish(plan, needed)
@@ -201,9 +203,11 @@ class Writer:
 
     def _copy(self, guest: int, host: int, length: int, *, virgin: bool) -> None:
         content = bytearray(length)
+        self._image.announce(Event.COW_READ)
         self._reader.readinto(guest, memoryview(content))
         if virgin and content == bytes(length):
             return  # the file reads as zeros there already
+        self._image.announce(Event.COW_WRITE)
         self._image.file.write(host, content)
 
     def _stretches(self, units: int) -> Iterator[tuple[int, int]]:
@@ -241,6 +245,7 @@ class Writer:
         geometry = self._geometry
         clusters = _cluster_numbers(offset, length, geometry.cluster_bits)
         with self.remapping(clusters) as plan:
+            self._image.announce(Event.WRITE_AIO)
             yield self._placed(plan, int(offset[-1] + length[-1]))
             self._clear_tail(plan, int(offset[-1] + length[-1]))
             with self._image.lock:
