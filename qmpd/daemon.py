@@ -14,6 +14,7 @@ from typing import Final
 import trio
 
 from qmpd import commands, options
+from qmpd.commands import throttle_groups
 from qmpd.control import chardev
 from qmpd.control.bridge import JOBS, run_steps
 from qmpd.control.bus import Bus
@@ -23,6 +24,7 @@ from qmpd.control.process import PidFile, daemonize
 from qmpd.control.registry import Context, lookup
 from qmpd.control.server import Server
 from qmpd.errors import QmpdError
+from qmpd.graph.drain import hurry
 from qmpd.graph.edit import Graph
 from qmpd.graph.open import close_nodes
 
@@ -59,8 +61,10 @@ class Core:
         self.bus = Bus()
         graph_lock = trio.Lock()
         graph = Graph()
+        objects = ObjectStore()
+        graph.find_throttle_group = partial(throttle_groups.find, objects)
         self.jobs = JobManager(self.bus.publish, JOBS, graph, graph_lock)
-        self.ctx = Context(graph, self.jobs, self.bus, ObjectStore(), self.shutdown, graph_lock)
+        self.ctx = Context(graph, self.jobs, self.bus, objects, self.shutdown, graph_lock)
         self.server = Server(self.ctx)
         self.stopping = trio.Event()
         self.finished = trio.Event()
@@ -83,6 +87,7 @@ class Core:
         """End the daemon: returns when the jobs are gone, so that their events precede the reply to quit."""
         if not self._is_ending:
             self._is_ending = True
+            hurry(self.ctx.graph.nodes)
             await self.jobs.shutdown()
             self._jobs_gone.set()
         await self._jobs_gone.wait()

@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Any
 
+from pydantic import Field
+
+from qmpd.block.debug import Event as BlkdebugEvent
+from qmpd.block.debug import IoType as BlkdebugIoType
 from qmpd.control.qapi import NULL, Alternate, Bool, Features, Int, NullType, QapiModel, Str, Uint64, wire_value
 from qmpd.errors import QmpdError
 from qmpd.graph.spec import NodeSpec
@@ -19,12 +23,16 @@ from qmpd.graph.spec import NodeSpec
 class BlockdevDriver(StrEnum):
     """Drivers a node can be made of."""
 
+    BLKDEBUG = "blkdebug"
+    COPY_ON_READ = "copy-on-read"
     FILE = "file"
     HOST_DEVICE = "host_device"
     NULL_AIO = "null-aio"
     NULL_CO = "null-co"
+    PREALLOCATE = "preallocate"
     QCOW2 = "qcow2"
     RAW = "raw"
+    THROTTLE = "throttle"
 
 
 class BlockdevDiscardOptions(StrEnum):
@@ -151,6 +159,63 @@ class BlockdevOptionsQcow2(BlockdevOptions, branch="qcow2"):
     cache_clean_interval: Int | None = None
     encrypt: BlockdevQcow2Encryption | None = None
     data_file: BlockdevRef | None = None
+
+
+# -- filters -----------------------------------------------------------------------------------------------------------
+
+
+class BlkdebugInjectErrorOptions(QapiModel):
+    event: BlkdebugEvent
+    state: Int | None = None
+    iotype: BlkdebugIoType | None = None
+    errno: Int | None = None
+    sector: Int | None = None
+    once: Bool | None = None
+    immediately: Bool | None = None
+
+
+class BlkdebugSetStateOptions(QapiModel):
+    event: BlkdebugEvent
+    state: Int | None = None
+    new_state: Int = Field(alias="new_state")
+
+
+class BlockPermission(StrEnum):
+    CONSISTENT_READ = "consistent-read"
+    WRITE = "write"
+    WRITE_UNCHANGED = "write-unchanged"
+    RESIZE = "resize"
+
+
+class BlockdevOptionsBlkdebug(BlockdevOptions, branch="blkdebug"):
+    image: BlockdevRef
+    config: Str | None = None
+    align: Int | None = None
+    max_transfer: Int | None = None
+    opt_write_zero: Int | None = None
+    max_write_zero: Int | None = None
+    opt_discard: Int | None = None
+    max_discard: Int | None = None
+    inject_error: list[BlkdebugInjectErrorOptions] | None = None
+    set_state: list[BlkdebugSetStateOptions] | None = None
+    take_child_perms: list[BlockPermission] | None = None
+    unshare_child_perms: list[BlockPermission] | None = None
+
+
+class BlockdevOptionsCopyOnRead(BlockdevOptions, branch="copy-on-read"):
+    file: BlockdevRef
+    bottom: Str | None = None
+
+
+class BlockdevOptionsPreallocate(BlockdevOptions, branch="preallocate"):
+    file: BlockdevRef
+    prealloc_align: Int | None = None
+    prealloc_size: Int | None = None
+
+
+class BlockdevOptionsThrottle(BlockdevOptions, branch="throttle"):
+    throttle_group: Str
+    file: BlockdevRef
 
 
 # -- to the graph's plain form -----------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from qmpd.commands import throttle_groups
+from qmpd.commands.throttle_groups import ThrottleGroupObject, ThrottleLimits, Unstable
 from qmpd.control.bridge import to_worker
 from qmpd.control.objects import Container, ObjectStore, Property, Thing, UserObject, describe
 from qmpd.control.qapi import AnyValue, Bool, Int, QapiModel, Str
@@ -30,6 +32,7 @@ class ObjectType(StrEnum):
 
     IOTHREAD = "iothread"
     SECRET = "secret"
+    THROTTLE_GROUP = "throttle-group"
 
 
 class ObjectOptions(QapiModel, discriminator="qom_type"):
@@ -65,6 +68,31 @@ class SecretProperties(ObjectOptions, branch=ObjectType.SECRET):
     iv: Str | None = None
     data: Str | None = None
     file: Str | None = None
+
+
+class ThrottleGroupProperties(ObjectOptions, branch=ObjectType.THROTTLE_GROUP):
+    """A throttle group; the limits one by one are for old clients."""
+
+    limits: ThrottleLimits | None = None
+    x_iops_total: Unstable | None = None
+    x_iops_total_max: Unstable | None = None
+    x_iops_total_max_length: Unstable | None = None
+    x_iops_read: Unstable | None = None
+    x_iops_read_max: Unstable | None = None
+    x_iops_read_max_length: Unstable | None = None
+    x_iops_write: Unstable | None = None
+    x_iops_write_max: Unstable | None = None
+    x_iops_write_max_length: Unstable | None = None
+    x_bps_total: Unstable | None = None
+    x_bps_total_max: Unstable | None = None
+    x_bps_total_max_length: Unstable | None = None
+    x_bps_read: Unstable | None = None
+    x_bps_read_max: Unstable | None = None
+    x_bps_read_max_length: Unstable | None = None
+    x_bps_write: Unstable | None = None
+    x_bps_write_max: Unstable | None = None
+    x_bps_write_max_length: Unstable | None = None
+    x_iops_size: Unstable | None = None
 
 
 # --- the objects -----------------------------------------------------------------------------------------------------
@@ -191,9 +219,16 @@ def _decode(raw: bytes) -> bytes:
     return binascii.a2b_base64(digits + "=" * (-len(digits) % 4))
 
 
+def _make_throttle_group(_store: ObjectStore, options: ObjectOptions) -> UserObject:
+    assert isinstance(options, ThrottleGroupProperties)
+    single = {name: value for name, value in options.to_wire().items() if name.startswith("x-")}
+    return throttle_groups.make(options.id, single, options.limits.to_wire() if options.limits else {})
+
+
 MAKERS: dict[ObjectType, Callable[[ObjectStore, ObjectOptions], UserObject]] = {
     ObjectType.IOTHREAD: _make_iothread,
     ObjectType.SECRET: _make_secret,
+    ObjectType.THROTTLE_GROUP: _make_throttle_group,
 }
 """Type -> what makes one; called in a worker thread. Raises QmpdError."""
 
@@ -298,6 +333,7 @@ _TYPES = {
     "secret": _Type("secret_common", Secret, user_creatable=True),
     "secret_common": _Type("object", Thing, abstract=True, user_creatable=True),
     "interface": _Type(None, None, abstract=True),
+    "throttle-group": _Type("object", ThrottleGroupObject, user_creatable=True),
     "event-loop-base": _Type("object", Thing, abstract=True, user_creatable=True),
     "user-creatable": _Type("interface", None, abstract=True, user_creatable=True),
     "object": _Type(None, Thing, abstract=True),

@@ -92,6 +92,10 @@ class UserObject(Thing):
         self.id = object_id
         self.users = 0
 
+    def retire(self) -> bool:
+        """Delete it: nobody can begin to use it any more. False, and nothing is changed, if it is in use."""
+        return not self.users
+
     def close(self) -> None:
         """Called when it is deleted."""
 
@@ -124,7 +128,7 @@ class ObjectStore:
         item = self.objects.get(object_id)
         if item is None:
             raise QmpdError(f"object '{object_id}' not found")
-        if item.users:
+        if not item.retire():
             raise QmpdError(f"object '{object_id}' is in use, can not be deleted")
         del self.objects[object_id]
         item.close()
