@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpd.block.api import BackingReference
 from qmpd.errors import QmpdError
@@ -86,7 +86,8 @@ def _describe_one(node: Node, known: _Known) -> _Described:
         if edge is not None:
             return known[edge.node]
     overridden = _overridden(node, known)
-    options = {name: json.dumps(node.spec.options[name], sort_keys=True) for name in _strong_given(node)}
+    given = ((name, node.spec.options[name]) for name in _strong_given(node))
+    options = {name: json.dumps(value) for option in given for name, value in _flat(*option)}
     options["driver"] = json.dumps(node.driver_name)
     for name, edge in node.children.items():
         if edge is not node.cow_edge or overridden:
@@ -97,6 +98,17 @@ def _describe_one(node: Node, known: _Known) -> _Described:
     text = "{" + ", ".join(f'"{name}": {options[name]}' for name in sorted(options)) + "}"
     plain = "" if overridden else _plain(node, known)
     return _Described(plain or _cut("json:" + text), text[:_MAX_NAME])
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """An option without structure, its place in its name: ``inject-error.0.event``."""
+    if isinstance(value, list):
+        value = {str(index): item for index, item in enumerate(value)}
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, item in value.items():
+        yield from _flat(f"{name}.{key}", item)
 
 
 def _cut(name: str) -> str:

@@ -11,6 +11,7 @@ Some things in a recording say nothing about the recorded program's contract:
 * **Floods.** With on-error "ignore" a job reports an error again at every attempt. Equal reports in a row count once.
 * **Moments.** A query that caught a job with I/O in flight (``busy`` true) says how far it had come at that moment;
   such a reply is not compared.
+* **Order of members.** Also inside file names of the form ``json:{...}``.
 * **Sizes on disk and timestamps.** ``actual-size`` depends on the file system, the clock on the day.
 """
 
@@ -60,6 +61,8 @@ def events(numbered: Sequence[StepEvent]) -> list[Message]:
 
 def reply(value: Any) -> Any:
     """A reply without sizes on disk; a block graph as its set of edges."""
+    if isinstance(value, str):
+        return _name(value)
     if isinstance(value, dict) and {"nodes", "edges"} <= value.keys():
         return layout(edges(value))
     if isinstance(value, dict):
@@ -67,6 +70,18 @@ def reply(value: Any) -> Any:
     if isinstance(value, list):
         return [reply(member) for member in value]
     return value
+
+
+def _name(text: str) -> str:
+    """A file name; the members of a complete json: name are put in order."""
+    try:
+        return (
+            "json:" + json.dumps(json.loads(text.removeprefix("json:")), sort_keys=True)
+            if text[:5] == "json:"
+            else text
+        )
+    except ValueError:
+        return text
 
 
 def edges(graph: Message) -> list[str]:
