@@ -24,6 +24,7 @@ from typing import Any
 from tests.daemons import Client, HungError
 from tests.replay import hosts, normal
 from tests.replay.deviations import MismatchError
+from tests.replay.guest import CONNECTED_EARLIER, Guest
 from tests.replay.normal import Message, StepEvent
 
 _SENT_AT_ONCE = ("block-commit", "block-stream")
@@ -58,12 +59,18 @@ class _Play:
         self._steps = _with_nodes(case)
         self._directory = directory
         self._timing_dependent = case.get("timing-dependent", False)
+        self._needs_guest = any(step.get("client", [""])[0] == CONNECTED_EARLIER for step in self._steps)
+        self._guest: Guest | None = None
         self._recorded: list[StepEvent] = []
         self._arrived: list[StepEvent] = []
         self._ours = normal.Names()
         self._theirs = normal.Names()
 
     def run(self) -> None:
+        with contextlib.ExitStack() as stack:
+            self._run(stack)
+
+    def _run(self, stack: contextlib.ExitStack) -> None:
         for number, step in enumerate(self._steps):
             if "send" in step:
                 self._command(number, step)
@@ -75,6 +82,8 @@ class _Play:
             else:
                 self._program(step)
             self._compare_events(number)
+            if self._needs_guest and step.get("send", {}).get("execute") == "block-export-add":
+                self._guest = stack.enter_context(Guest(self._directory))
         self._compare_events(len(self._steps), all_of_them=True)
 
     def _command(self, number: int, step: dict[str, Any]) -> None:
@@ -110,12 +119,22 @@ class _Play:
         self._expect(f"step {number}: graph", normal.layout(normal.edges(graph)), normal.layout(recorded))
 
     def _program(self, step: dict[str, Any]) -> None:
-        if "status" not in step:
-            raise MismatchError("a client that stays connected across steps is beyond this harness")
+        if step["client"][0] == CONNECTED_EARLIER:
+            self._connected_guest(step)
+            return
         run = subprocess.run(step["client"], cwd=self._directory, capture_output=True, text=True)
         got = (run.returncode, [line.split(";")[0] for line in run.stdout.splitlines()])
         _expect(f"{step['client']}", got, (step["status"], step["output"]))
         time.sleep(_NOTICE)
+
+    def _connected_guest(self, step: dict[str, Any]) -> None:
+        """A request of the guest that has been connected since the export was there: held, then let go."""
+        assert self._guest is not None
+        if "finished-after-1.5s" in step:
+            self._guest.ask(step["client"][1])
+            _expect("the guest is answered", self._guest.answers_within(1.5), step["finished-after-1.5s"])
+        else:
+            _expect("the guest is answered", self._guest.answers_within(_EVENT_LIMIT), step["finished-after-finalize"])
 
     def _await_recorded(self, number: int) -> None:
         """Until as many events are there as were recorded so far, noise apart."""
