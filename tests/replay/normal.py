@@ -29,6 +29,7 @@ StepEvent = tuple[int, Message]
 
 _GENERATED = re.compile(r"#block(?:AUTO)?\d+")
 _EDGE = re.compile(r"(\S+) -([^>]+)-> (\S+) (.*)")
+_CLOCKS = ("date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec")  # of an internal snapshot
 _FLIPS = {("paused", "running"), ("standby", "ready")}
 _TIMING = re.compile(r"(ops; ).*$")
 
@@ -66,7 +67,7 @@ def reply(value: Any) -> Any:
     if isinstance(value, dict) and {"nodes", "edges"} <= value.keys():
         return layout(edges(value))
     if isinstance(value, dict):
-        return {key: reply(member) for key, member in value.items() if key != "actual-size"}
+        return {key: 0 if key in _CLOCKS else reply(member) for key, member in value.items() if key != "actual-size"}
     if isinstance(value, list):
         return [reply(member) for member in value]
     return value

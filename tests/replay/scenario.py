@@ -123,7 +123,7 @@ class _Play:
             self._connected_guest(step)
             return
         run = subprocess.run(step["client"], cwd=self._directory, capture_output=True, text=True)
-        got = (run.returncode, [line.split(";")[0] for line in run.stdout.splitlines()])
+        got = (run.returncode, [line.split(";")[0] for line in (run.stdout + run.stderr).splitlines()])
         _expect(f"{step['client']}", got, (step["status"], step["output"]))
         time.sleep(_NOTICE)
 
