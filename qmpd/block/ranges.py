@@ -19,7 +19,7 @@ class RangeLock:
         """Wait until nobody holds a byte of ``[start, end)``, then keep it for the block."""
         span = start, end
         with self._changed:
-            while any(start < high and low < end for low, high in self._held):
+            while start < end and any(start < high and low < end for low, high in self._held):
                 self._changed.wait()
             self._held.append(span)
         try:

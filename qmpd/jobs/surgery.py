@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from qmpd.errors import QmpdError
 from qmpd.graph import chain
+from qmpd.graph.drain import hurried
 from qmpd.graph.edit import Graph
 from qmpd.graph.node import Backend, Node
 from qmpd.steps import Steps
@@ -26,11 +27,13 @@ def quietly(nodes: Iterable[Node], change: Callable[[], T]) -> Steps[T]:
 
 def while_quiet(nodes: Iterable[Node], work: Callable[[], Steps[T]]) -> Steps[T]:
     """:func:`quietly` for a change that has something to wait for. Guests stand still until it is over."""
+    backends = chain.backends_above(nodes)
     held: list[Backend] = []
     try:
-        for backend in chain.backends_above(nodes):
-            held.append(backend)
-            yield backend.quiesce
+        with hurried(backends):
+            for backend in backends:
+                held.append(backend)
+                yield backend.quiesce
         return (yield from work())
     finally:
         for backend in held:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from qmpd.block.api import BlockDevice, Buffer, Perm
 from qmpd.block.debug import Breakpoints, Event, InjectError, IoType, Rules, SetState
@@ -18,8 +18,13 @@ from qmpd.block.extents import Runs
 from qmpd.block.filters.base import Filter
 from qmpd.block.filters.shape import Shape
 from qmpd.block.ranges import RangeLock
-from qmpd.errors import from_oserror
+from qmpd.errors import QmpdError, from_oserror
 from qmpd.units import align_down, align_up
+
+_OPTIONS: Final = (
+    *("config", "inject-error", "set-state", "take-child-perms", "unshare-child-perms"),
+    *(name.replace("_", "-") for name in Shape.__dataclass_fields__),
+)
 
 
 class Blkdebug(Filter):
@@ -38,6 +43,7 @@ class Blkdebug(Filter):
         self._shape = shape
         #: Nobody writes between the reading around an unaligned write and the writing of all of it.
         self._rewriting = RangeLock()
+        self._options: Mapping[str, Any] = {}
         #: What of its child it asks, and does not share, beyond its parents' needs.
         self.take_child_perms = self.unshare_child_perms = Perm.NONE
         #: Where threads can be held by tests.
@@ -50,6 +56,7 @@ class Blkdebug(Filter):
         errors += [InjectError.of(rule) for rule in options.get("inject-error", ())]
         states += [SetState.of(rule) for rule in options.get("set-state", ())]
         driver = cls(children["image"], Rules(errors, states), Shape.of(options), read_only=read_only)
+        driver._options = options
         driver.take_child_perms = _perms(options.get("take-child-perms", ()))
         driver.unshare_child_perms = _perms(options.get("unshare-child-perms", ()))
         driver.debug_events(Event.NONE)
@@ -143,6 +150,14 @@ class Blkdebug(Filter):
     def map(self, offset: int, length: int) -> Runs:
         self._check(IoType.BLOCK_STATUS, offset, length)
         return super().map(offset, length)
+
+    def reopen_prepare(self, *, read_only: bool, options: Mapping[str, Any] | None = None) -> None:
+        """Its own options are for life."""
+        new = self._options if options is None else options
+        for name in _OPTIONS:
+            if new.get(name) != self._options.get(name):
+                raise QmpdError(f"Cannot change the option '{name}'")
+        super().reopen_prepare(read_only=read_only)
 
     def close(self) -> None:
         self.breakpoints.remove_all()

@@ -1,0 +1,128 @@
+"""Every filter is still a device: the conformance suite over a file, over qcow2, and below qcow2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from qmpd.block.api import Driver
+from qmpd.block.contract import Checked
+from qmpd.block.drivers.qcow2 import Qcow2
+from tests.block.conformance import Conformance, checked
+from tests.block.filters.rig import filter_over, new_file, new_qcow2, open_file, owning
+
+
+class OverFile(Conformance):
+    """A filter over a plain file."""
+
+    filter: ClassVar[str]
+    options: ClassVar[dict[str, Any]] = {}
+
+    def create(self, directory: Path, length: int) -> Driver:
+        return self.over(new_file(directory / "disk", length))
+
+    def reopen(self, directory: Path, driver: Driver) -> Driver:
+        driver.close()
+        return self.over(open_file(directory / "disk"))
+
+    def over(self, below: Driver) -> Driver:
+        return owning(filter_over(self.filter, checked(below), **self.options), below)
+
+
+class TestBlkdebug(OverFile):
+    """Without rules."""
+
+    filter = "blkdebug"
+
+
+class TestShapedBlkdebug(OverFile):
+    """With every demand on the form of requests that it can make."""
+
+    filter = "blkdebug"
+    options: ClassVar = {
+        "align": 512,
+        "max_transfer": 65536,
+        "opt_write_zero": 4096,
+        "max_write_zero": 131072,
+        "opt_discard": 8192,
+        "max_discard": 65536,
+    }
+
+
+class TestThrottle(OverFile):
+    """Without limits."""
+
+    filter = "throttle"
+
+
+class TestCopyOnRead(OverFile):
+    """With nothing to copy."""
+
+    filter = "copy-on-read"
+
+
+class TestPreallocate(OverFile):
+    """A file that has space to spare all the time."""
+
+    filter = "preallocate"
+    options: ClassVar = {"prealloc_size": 1 << 20, "prealloc_align": 65536}
+
+
+class OverQcow2(OverFile):
+    """A filter over an image."""
+
+    def create(self, directory: Path, length: int) -> Driver:
+        return self.over(new_qcow2(directory / "disk", length))
+
+    def reopen(self, directory: Path, driver: Driver) -> Driver:
+        driver.close()
+        return self.over(Qcow2.open({"file": checked(open_file(directory / "disk"))}, {}, read_only=False))
+
+
+class TestCopyOnReadOverQcow2(OverQcow2):
+    """An empty image without a backing file: reading fills it with zeros."""
+
+    filter = "copy-on-read"
+
+
+class TestBlkdebugOverQcow2(OverQcow2):
+    """Compressed, zero and unallocated runs come through."""
+
+    filter = "blkdebug"
+
+
+class BelowQcow2(OverFile):
+    """qcow2 over a filter over a file."""
+
+    def create(self, directory: Path, length: int) -> Driver:
+        below = self.over(new_file(directory / "disk"))
+        return owning(new_qcow2(directory / "disk", length, checked(below)), below)
+
+    def reopen(self, directory: Path, driver: Driver) -> Driver:
+        driver.close()
+        below = self.over(open_file(directory / "disk"))
+        return owning(Qcow2.open({"file": checked(below)}, {}, read_only=False), below)
+
+    def test_place_given_up_changes_nothing(self, device: Checked) -> None:
+        """An image fills clusters of its own in place: its own suite has the case."""
+        assert device.placement_unit is not None
+
+
+class TestQcow2OverBlkdebug(BelowQcow2):
+    """The image announces every moment it knows."""
+
+    filter = "blkdebug"
+
+
+class TestQcow2OverAlignedBlkdebug(BelowQcow2):
+    """Requests of the image that are no multiples of 4 KiB are completed."""
+
+    filter = "blkdebug"
+    options: ClassVar = {"align": 4096}
+
+
+class TestQcow2OverPreallocate(BelowQcow2):
+    """The image grows into space taken beforehand."""
+
+    filter = "preallocate"
+    options: ClassVar = {"prealloc_size": 1 << 20}
