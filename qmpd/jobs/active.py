@@ -16,6 +16,7 @@ Source: spec/jobs-and-commit.md section 7. The control thread runs all but :meth
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from enum import Enum
 from functools import partial
 from typing import Final
@@ -32,7 +33,7 @@ from qmpd.graph.node import Edge, Node
 from qmpd.graph.spec import NodeSpec
 from qmpd.jobs.cell import Cell, Rest
 from qmpd.jobs.copying import WRITES, CopyJob, as_errno
-from qmpd.jobs.job import Body, Ready, check_speed
+from qmpd.jobs.job import Body, Failure, Ready, check_speed
 from qmpd.jobs.plan import CommitPlan
 from qmpd.jobs.surgery import back_to_read_only, quietly, while_quiet
 from qmpd.steps import Steps
@@ -46,8 +47,8 @@ BATCH: Final = 64 * MIB
 """The same without a limit, of any number of stretches."""
 HELD: Final = 16 * MIB
 """A rest of so many bytes is small enough to be copied while users are held: some tens of milliseconds."""
-PASSES: Final = 8
-"""Attempts to get down to such a rest before users are held all the same."""
+PATIENCE: Final = 8
+"""After having copied so many times the rest, or that size, the job takes the writer to be faster than itself."""
 NOTICE: Final = 0.1
 """Seconds after which a job that is ready looks for what has been written."""
 
@@ -72,6 +73,8 @@ class ActiveCommitJob(CopyJob):
         self._position = 0
         self._is_ready = False
         self._ending: Ending | None = None
+        #: See :meth:`_gives_up`; 0 until it is asked, first about becoming ready, then about ending.
+        self._enough = 0
         self._has_pivoted = False
         self._cell: Cell | None = None
 
@@ -161,35 +164,45 @@ class ActiveCommitJob(CopyJob):
                 yield from cell.checkpoint()
                 self._show_progress(cell)
                 rest = self._dirty.bytes
-                if self._ending is not None and rest <= HELD:
-                    # What comes after is little, and copied where no policy can help if it fails.
-                    yield from self._copy(cell, engine, HELD)
-                    return
-                if rest:
-                    yield from cell.pace()
-                    yield from self._copy(cell, engine, STEP if cell.speed or self._stepwise else BATCH)
-                elif self._is_ready:
-                    yield Rest(NOTICE)
-                else:
+                if self._ending is not None and (rest <= HELD or self._gives_up(cell)):
+                    # What is written from here on is little, and copied where no policy can help if that fails.
+                    if (yield from self._copy(cell, engine, HELD)):
+                        return
+                elif not self._is_ready and (rest == 0 or (rest <= HELD and self._gives_up(cell))):
                     yield from self._harden()
-                    self._is_ready = True
+                    self._is_ready, self._enough = True, 0
                     yield Ready()
+                elif rest:
+                    yield from cell.pace()
+                    single = self._stepwise or cell.speed > 0
+                    yield from self._copy(cell, engine, STEP if single else BATCH, single=single)
+                else:
+                    yield Rest(NOTICE)
 
-    def _copy(self, cell: Cell, engine: CopyEngine, limit: int) -> Body:
-        """Copy up to ``limit`` bytes of what is dirty, under the error policy."""
-        start, end = self._dirty.take(self._position, limit, single=limit == STEP)
+    def _gives_up(self, cell: Cell) -> bool:
+        """Has so much been copied since this was first asked that the writer must be faster?"""
+        if not self._enough:
+            self._enough = cell.progress.current + PATIENCE * max(self._dirty.bytes, HELD)
+        return cell.progress.current >= self._enough
+
+    def _copy(
+        self, cell: Cell, engine: CopyEngine, limit: int, *, single: bool = False
+    ) -> Generator[Rest | Failure, None, bool]:
+        """Copy up to ``limit`` bytes of what is dirty, or of its first stretch; False if that must be tried again."""
+        start, end = self._dirty.take(self._position, limit, single=single)
         if not len(start):
-            return
+            return True
         try:
             charged = self._move(engine, start, end)
         except QmpdError as error:
             self._dirty.mark_ranges(start, end)
             yield from self._failed(error.operation if isinstance(error, CopyError) else "read", error)
-            return
+            return False
         self._position = int(end[-1])
         cell.advance(int((end - start).sum()), charged=charged)
         self._show_progress(cell)
         yield from self._succeeded()
+        return True
 
     def _move(self, engine: CopyEngine, start: I64, end: I64) -> int:
         """Copy what these ranges hold above base; how many bytes of data that was, zeros not counted.
@@ -225,14 +238,12 @@ class ActiveCommitJob(CopyJob):
             raise as_errno(error) from error
 
     def _catch_up(self) -> None:
-        """Worker thread: make the rest small while users go on; against a fast writer only so many times."""
+        """Worker thread: make the rest small while users go on."""
+        assert self._cell is not None
+        self._enough = 0
         with CopyEngine(self._layers, self._device) as engine:
-            for _ in range(PASSES):
-                rest = self._dirty.bytes
-                if rest <= HELD:
-                    return
-                while rest > 0:
-                    rest -= self._copy_at_once(engine) or rest
+            while self._dirty.bytes > HELD and not self._gives_up(self._cell):
+                self._copy_at_once(engine)
 
     def _take_over(self) -> Steps[None]:
         yield partial(self._settle, self._visible_end(self._overlays(self._the_filter)))
@@ -246,28 +257,24 @@ class ActiveCommitJob(CopyJob):
         for none) base would show them its own old data.
         """
         with CopyEngine(self._layers, self._device) as engine:
-            while self._copy_at_once(engine):
-                pass
+            while self._dirty.bytes:
+                self._copy_at_once(engine)
         if visible_end:
             self._device.write_zeroes(self._length, visible_end - self._length)
         self._device.flush()
 
-    def _copy_at_once(self, engine: CopyEngine) -> int:
-        """Copy a batch without asking anybody; how many bytes were dirty in it, 0 if nothing was."""
+    def _copy_at_once(self, engine: CopyEngine) -> None:
+        """Copy a batch of what is dirty without asking anybody."""
+        assert self._cell is not None
         start, end = self._dirty.take(self._position, BATCH)
-        if not len(start):
-            return 0
         try:
             self._move(engine, start, end)
         except QmpdError:
             self._dirty.mark_ranges(start, end)
             raise
-        assert self._cell is not None
-        count = int((end - start).sum())
         self._position = int(end[-1])
-        self._cell.advance(count)
+        self._cell.advance(int((end - start).sum()))
         self._show_progress(self._cell)
-        return count
 
     def abort(self) -> Steps[None]:
         """Users are on top again, which has everything."""

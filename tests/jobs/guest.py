@@ -19,12 +19,14 @@ class Guest(Backend):
     Reads are compared; :attr:`error` is the first thing that went wrong.
     """
 
-    def __init__(self, rig: Rig, node: str, *, seed: int = 0) -> None:
+    def __init__(self, rig: Rig, node: str, *, seed: int = 0, pause: float = 0.0) -> None:
+        """``pause``: seconds between two requests of the thread."""
         super().__init__()
         self._gate = threading.Condition()
         self._is_held = False
         self._inside = 0
-        self._stop = False
+        self._stop = threading.Event()
+        self._pause = pause
         self._random = random.Random(seed)
         self._thread = threading.Thread(target=self._run, name="guest")
         self.error: BaseException | None = None
@@ -49,7 +51,7 @@ class Guest(Backend):
 
     def finish(self) -> None:
         """Let the thread end; raise what went wrong in it."""
-        self._stop = True
+        self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
         if self.error is not None:
@@ -57,7 +59,7 @@ class Guest(Backend):
 
     def _run(self) -> None:
         try:
-            while not self._stop:
+            while not self._stop.wait(self._pause):
                 self.request()
         except BaseException as error:  # noqa: BLE001  finish() raises it
             self.error = error
