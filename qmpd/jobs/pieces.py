@@ -53,10 +53,10 @@ class Pieces:
         length = min(length, CHUNK)
         return Piece(length, length)
 
-    def stretch(self, offset: int) -> Piece:
-        """As much as is moved in one go."""
+    def stretch(self, offset: int, size: int = STRETCH) -> Piece:
+        """As much as is moved in one go: ``size`` bytes of data, or more of what takes less effort."""
         index = self._index(offset)
-        budget = self._effort[index] + (offset - self.runs.offset[index]) * self._rate[index] + STRETCH * ZERO_SHARE
+        budget = self._effort[index] + (offset - self.runs.offset[index]) * self._rate[index] + size * ZERO_SHARE
         last = int(np.searchsorted(self._effort, budget, "left")) - 1
         room = int(self.runs.length[last])
         if self._rate[last]:  # else it takes no effort at all
