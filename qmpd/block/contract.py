@@ -145,7 +145,7 @@ class Checked:
         return self._device.direct(offset, length)
 
     def place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
-        self._check_write("place", offset, length, _WRITE)
+        self._check_write("place", offset, length, _WRITE_SAME)
         unit, end = self._device.placement_unit, offset + length
         if unit is None:
             raise QmpdError("Operation not supported", Kind.UNSUPPORTED, node=self._node)
@@ -158,7 +158,7 @@ class Checked:
         if len(offset) == 0 or (length <= 0).any() or (end[:-1] > offset[1:]).any():
             raise ValueError("ranges to place are ascending, disjoint and not empty")
         first, last = int(offset[0]), int(end[-1])
-        self._check_write("place", first, last - first, _WRITE)
+        self._check_write("place", first, last - first, _WRITE_SAME)
         unit = self._device.placement_unit
         if unit is None:
             raise QmpdError("Operation not supported", Kind.UNSUPPORTED, node=self._node)

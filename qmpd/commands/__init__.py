@@ -5,6 +5,26 @@ Importing this package registers everything in :mod:`qmpd.control.registry`.
 
 from __future__ import annotations
 
-from qmpd.commands import block_commit, block_queries, blockdev, blockdev_change, blockdev_create, core, jobs, objects
+from qmpd.commands import (
+    block_commit,
+    block_queries,
+    block_stream,
+    blockdev,
+    blockdev_change,
+    blockdev_create,
+    core,
+    jobs,
+    objects,
+)
 
-__all__ = ["block_commit", "block_queries", "blockdev", "blockdev_change", "blockdev_create", "core", "jobs", "objects"]
+__all__ = [
+    "block_commit",
+    "block_queries",
+    "block_stream",
+    "blockdev",
+    "blockdev_change",
+    "blockdev_create",
+    "core",
+    "jobs",
+    "objects",
+]

@@ -119,7 +119,7 @@ NEEDS: dict[str, Perm] = {
     "flush": Perm.NONE,
     "truncate": Perm.RESIZE,
     "map": Perm.NONE,
-    "place": Perm.WRITE,
+    "place": Perm.WRITE | Perm.WRITE_UNCHANGED,
 }
 
 

@@ -11,6 +11,7 @@ what was there before; it has to be kept out by whoever builds such a graph.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Self
 
 from qmpd.block.api import BlockDevice, Buffer
@@ -48,6 +49,15 @@ class CopyOnRead(Filter):
     def bound(self, layers: Sequence[BlockDevice]) -> None:
         """Copy only what one of ``layers`` has: the image, then those below it down to ``bottom``."""
         self._layers = list(layers)
+
+    @contextmanager
+    def undisturbed(self, start: int, end: int) -> Iterator[BlockDevice]:
+        """The image, for the block without anybody else writing to ``[start, end)`` of it through this node.
+
+        For a caller who copies on its own account. Any worker thread; it must not use this node meanwhile.
+        """
+        with self._writing.hold(start, end):
+            yield self._child
 
     # -- I/O -----------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,34 @@
+"""block-stream. Source: spec/toolbox.md section 5."""
+
+from __future__ import annotations
+
+from qmpd.control.qapi import Bool, Int, QapiModel, Str
+from qmpd.control.registry import Context, command
+from qmpd.jobs.job import OnError
+from qmpd.jobs.stream import StreamJob
+from qmpd.jobs.stream_plan import StreamRequest, plan_stream
+
+
+class BlockStream(QapiModel):
+    """Arguments of block-stream. ``base`` is a file name."""
+
+    job_id: Str | None = None
+    device: Str
+    base: Str | None = None
+    base_node: Str | None = None
+    backing_file: Str | None = None
+    backing_mask_protocol: Bool | None = None
+    bottom: Str | None = None
+    speed: Int | None = None  # bytes per second
+    on_error: OnError | None = None
+    filter_node_name: Str | None = None
+    auto_finalize: Bool | None = None
+    auto_dismiss: Bool | None = None
+
+
+@command("block-stream")
+async def block_stream(ctx: Context, args: BlockStream) -> None:
+    """Start a job that moves the data of the images below ``device``, down to ``base``, into ``device``."""
+    # What was not given keeps the default of StreamRequest.
+    request = StreamRequest(**{name: value for name, value in args if value is not None})
+    await ctx.jobs.launch(lambda: StreamJob(ctx.graph, plan_stream(ctx.graph, request)))
