@@ -11,7 +11,8 @@ Some things in a recording say nothing about the recorded program's contract:
 * **Floods.** With on-error "ignore" a job reports an error again at every attempt. Equal reports in a row count once.
 * **Moments.** A query that caught a job with I/O in flight (``busy`` true) says how far it had come at that moment;
   such a reply is not compared.
-* **Order of members.** Also inside file names of the form ``json:{...}``.
+* **Order of members.** Also inside file names of the form ``json:{...}``, and of the properties of an object, which
+  the recorded program keeps in a hash table.
 * **Sizes on disk and timestamps.** ``actual-size`` depends on the file system, the clock on the day.
 """
 
@@ -69,7 +70,9 @@ def reply(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: 0 if key in _CLOCKS else reply(member) for key, member in value.items() if key != "actual-size"}
     if isinstance(value, list):
-        return [reply(member) for member in value]
+        members = [reply(member) for member in value]
+        properties = all(isinstance(member, dict) and member.keys() == {"name", "type"} for member in members)
+        return sorted(members, key=lambda member: str(member["name"])) if properties else members
     return value
 
 
