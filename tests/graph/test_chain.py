@@ -100,6 +100,17 @@ def test_layers_are_seen_through_their_filters(given: Chain) -> None:
     assert chain.layers(commit_top, given.base) == [given.top.driver, given.filter.driver]
 
 
+def test_a_filter_over_base_is_no_layer(given: Chain) -> None:
+    """It shows base, which a commit would copy onto itself."""
+    over = make("over", "throttle", is_filter=True)
+    with given.graph.edit() as edit:
+        edit.add_node(over)
+        edit.attach(over, "file", given.base, FILTERED)
+        edit.replace(given.mid.children["backing"], over)
+    assert chain.layers(given.mid, given.base) == [given.mid.driver]
+    assert chain.layers(over, given.base) == []
+
+
 # -- by file name ------------------------------------------------------------------------------------------------------
 
 

@@ -375,6 +375,45 @@ def test_a_reopen_that_a_driver_refuses(graph: Graph) -> None:
     assert refused(graph, lambda edit: edit.set_read_only(base, False)) == "Could not open 'x': Permission denied"
 
 
+def test_a_rehearsal_finds_out_and_changes_nothing(graph: Graph) -> None:
+    """Also what only the end of the block would find: here that the file may not be written."""
+    base = add_image(graph, "base", read_only=True)
+    before = dump(graph)
+    graph.rehearse(lambda edit: edit.set_read_only(base, False))
+    assert dump(graph) == before
+
+    other = add_image(graph, "other", read_only=True)
+    file = graph.get("other-file")
+    with graph.edit() as edit:
+        edit.set_attribute(file, "explicit", frozenset({"read-only"}))
+    before = dump(graph)
+    with pytest.raises(QmpdError, match=r"^Block node is read-only$"):
+        graph.rehearse(lambda edit: edit.set_read_only(other, False))
+    assert dump(graph) == before
+
+
+def test_writers_that_are_not_admitted(graph: Graph) -> None:
+    """Whatever is shared: only those named may write, until the one who said so has left. Readers are welcome."""
+    node = add(graph, "n")
+    job, mine, reader = JobParent("commit", "j0"), Backend(), Backend()
+    promise = connect(graph, job, "target", node, shared=ALL)
+    own = connect(graph, mine, "root", node, perm=W, shared=ALL)
+    with graph.edit() as edit:
+        edit.admit_writers(promise, [own])
+    connect(graph, reader, "root", node, perm=CR, shared=ALL)
+
+    stranger = Backend()
+    text = refused(graph, lambda edit: edit.attach(stranger, "root", node, Role.NONE, perm=W))
+    assert text == (
+        "Permission conflict on node 'n': permissions 'write' are both required by an unnamed block device (uses node "
+        "'n' as 'root' child) and unshared by commit job 'j0' (uses node 'n' as 'target' child)."
+    )
+    assert stranger.edge is None
+    with graph.edit() as edit:
+        edit.detach(promise)
+    connect(graph, stranger, "root", node, perm=W, shared=ALL)
+
+
 # -- frozen links and blockers -----------------------------------------------------------------------------------------
 
 
