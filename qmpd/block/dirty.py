@@ -6,12 +6,14 @@ the one who copies, finds and clears whole stretches at once.
 
 from __future__ import annotations
 
+import errno
 import threading
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from qmpd.errors import Kind, QmpdError, strerror
 from qmpd.units import ceil_div
 
 I64 = npt.NDArray[np.int64]
@@ -23,15 +25,19 @@ _SEARCH: Final = 1 << 16
 
 
 class DirtyMap:
-    """Dirty granules of a device of ``length`` bytes. Offsets and lengths in bytes; any thread, several at a time."""
+    """Dirty granules of a device of ``length`` bytes. Offsets and lengths in bytes; any thread, several at a time.
+
+    Memory is taken as it is marked, 8 MiB for 4 TiB all dirty in granules of 64 KiB. Raises QmpdError (ENOMEM) if even
+    the address space is too small for the device.
+    """
 
     def __init__(self, length: int, granularity: int) -> None:
         self.length = length
         self.granularity = granularity
         self._granules = ceil_div(length, granularity)
-        self._bits = bytearray(ceil_div(self._granules, 8))
-        #: The same memory.
-        self._map = np.frombuffer(self._bits, np.uint8)
+        self._map = _zeros(ceil_div(self._granules, 8))
+        #: The same memory: faster for a byte, slower for many.
+        self._bits = self._map.data
         self._count = 0
         self._lock = threading.Lock()
 
@@ -139,6 +145,13 @@ class DirtyMap:
             if len(found):
                 return at + int(found[0])
         return None
+
+
+def _zeros(count: int) -> npt.NDArray[np.uint8]:
+    try:
+        return np.zeros(count, np.uint8)
+    except (MemoryError, ValueError):
+        raise QmpdError(strerror(errno.ENOMEM), Kind.IO, errno=errno.ENOMEM) from None
 
 
 def _lowest(byte: int) -> int:

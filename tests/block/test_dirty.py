@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qmpd.block import dirty
 from qmpd.block.dirty import I64, DirtyMap
+from qmpd.errors import QmpdError
 
 G = 4096
 GRANULES = 300
@@ -97,6 +98,12 @@ def test_a_lonely_granule_is_found(far: int) -> None:
 
         assert granules(*big.take(start, G)) == [far]
         assert big.bytes == 0
+
+
+def test_a_device_too_large_for_any_map() -> None:
+    """An error like any other."""
+    with pytest.raises(QmpdError, match=r"^Cannot allocate memory$"):
+        DirtyMap(1 << 62, G)
 
 
 def test_one_take_stays_in_one_neighbourhood() -> None:
