@@ -16,6 +16,7 @@ import numpy as np
 from qmpd.block.api import BlockDevice, Buffer, Perm
 from qmpd.block.debug import Announce, announcer
 from qmpd.block.extents import RunKind, Runs
+from qmpd.block.meter import WriteMeter
 from qmpd.errors import Kind, QmpdError, from_oserror
 from qmpd.units import MAX_LENGTH
 
@@ -35,18 +36,22 @@ class BrokenContractError(RuntimeError):
 class Checked:
     """A :class:`BlockDevice` over another, with the permissions of one parent.
 
-    ``perm`` is what the parent holds, or a callable that tells (it may change over time); ``node`` goes into errors.
+    ``perm`` is what the parent holds, or a callable that tells (it may change over time); ``node`` goes into errors;
+    ``meter`` hears of all that is written, also of what fails.
     Requests raise QmpdError: kind RANGE outside ``[0, length)``, PERMISSION without the permission, and the driver's
     own errors with the node's name filled in. A device that is ``growable`` may be read past its end, and be written
     there with RESIZE permission. Thread domain: that of the device.
     """
 
-    __slots__ = ("_device", "_held", "_node")
+    __slots__ = ("_device", "_held", "_meter", "_node")
 
-    def __init__(self, device: BlockDevice, perm: Callable[[], Perm] | Perm, *, node: str) -> None:
+    def __init__(
+        self, device: BlockDevice, perm: Callable[[], Perm] | Perm, *, node: str, meter: WriteMeter | None = None
+    ) -> None:
         self._device = device
         self._held: Callable[[], Perm] = perm if callable(perm) else lambda: perm
         self._node = node
+        self._meter = meter or WriteMeter()
 
     # -- what needs no check -------------------------------------------------------------------------------------------
 
@@ -89,6 +94,8 @@ class Checked:
         self._check_write("write", offset, len(data), _WRITE_SAME)
         if isinstance(data, memoryview) and data.itemsize != 1:
             raise TypeError("data to write counts in bytes")
+        if (end := offset + len(data)) > self._meter.alert:
+            self._meter.passed(end)
         try:
             self._device.write(offset, data)
         except (QmpdError, OSError) as error:
@@ -98,6 +105,8 @@ class Checked:
         self._check_write("write zeroes", offset, length, _WRITE_SAME)
         if length == 0:
             return
+        if offset + length > self._meter.alert:
+            self._meter.passed(offset + length)
         try:
             self._device.write_zeroes(offset, length, unmap=unmap)
         except (QmpdError, OSError) as error:
@@ -144,6 +153,11 @@ class Checked:
             raise self._out_of_range("direct access", offset, length)
         return self._device.direct(offset, length)
 
+    def note_written(self, end: int) -> None:
+        if end > self._meter.alert:
+            self._meter.passed(end)
+        self._device.note_written(end)
+
     def place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
         self._check_write("place", offset, length, _WRITE_SAME)
         unit, end = self._device.placement_unit, offset + length
@@ -151,6 +165,8 @@ class Checked:
             raise QmpdError("Operation not supported", Kind.UNSUPPORTED, node=self._node)
         if length == 0 or offset % unit or (end % unit and end != self._device.length):
             raise self._out_of_range(f"place in units of {unit}", offset, length)
+        if end > self._meter.alert:
+            self._meter.passed(end)
         return self._placement(partial(self._device.place, offset, length), np.array([offset]), np.array([length]))
 
     def place_ranges(self, offset: Offsets, length: Offsets) -> AbstractContextManager[Runs]:
@@ -165,6 +181,8 @@ class Checked:
         ragged = (offset % unit != 0) | ((end % unit != 0) & (end != self._device.length))
         if ragged.any():
             raise self._out_of_range(f"place in units of {unit}", first, last - first)
+        if last > self._meter.alert:
+            self._meter.passed(last)
         return self._placement(partial(self._device.place_ranges, offset, length), offset, length)
 
     @contextmanager

@@ -51,13 +51,21 @@ class CopyError(QmpdError):
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a part ``[start, end)`` of the device is written: at ``position`` of ``file``, else through ``device``."""
+    """Where a part ``[start, end)`` of the target is written.
+
+    That is ``host`` of ``device``; ``position`` of ``file``, if that is the same and simpler.
+    """
 
     start: int
     end: int
-    file: FileStorage | None
     device: BlockDevice
-    position: int
+    host: int
+    file: FileStorage | None = None
+    position: int = 0
+
+    def wrote(self, end: int) -> None:
+        """The target's bytes before ``end`` were written to the file: let those know that it bypassed."""
+        self.device.note_written(self.host + end - self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +115,7 @@ class CopyEngine:
         any part of the range copied (a place not filled is given back); copying it again is right.
         """
         direct = self._target.direct(start, length)
-        whole = direct and _Place(start, start + length, direct[0], self._target, direct[1])
+        whole = direct and _Place(start, start + length, self._target, start, *direct)
         scattered = []
         for stretch, is_zero in _stretches(runs.clip(start, start + length).allocated()):
             if is_zero:
@@ -183,12 +191,11 @@ class CopyEngine:
         assert child is not None, "a device that places has a data child"
         places = []
         for offset, length, _, host in runs:
-            file, position = child.direct(host, length) or (None, host)
-            places.append(_Place(offset, offset + length, file, child, position))
+            places.append(_Place(offset, offset + length, child, host, *child.direct(host, length) or ()))
         return places
 
     def _written(self, start: int, end: int) -> _Place:
-        return _Place(start, end, None, self._target, start)
+        return _Place(start, end, self._target, start)
 
     # -- filling -------------------------------------------------------------------------------------------------------
 
@@ -201,6 +208,7 @@ class CopyEngine:
             if source is not None and place.file is not None:
                 goal = place.position + offset - place.start
                 self._move(source[0], source[1], place.file, goal, length, offset)
+                place.wrote(offset + length)
                 continue
             for at in range(offset, offset + length, _READ):
                 piece = _Piece(at, min(_READ, offset + length - at), row.layer, place)
@@ -265,13 +273,13 @@ class CopyEngine:
                 raise CopyError("read", error, piece.offset) from error
 
     def _put(self, place: _Place, offset: int, data: memoryview) -> None:
-        goal = place.position + offset - place.start
+        shift = offset - place.start
         try:
-            (place.file or place.device).write(goal, data)
+            place.device.write(place.host + shift, data)
         except QmpdError as error:
             raise CopyError("write", error, offset) from error
         if place.file is not None:
-            self._transfer.wrote(place.file, goal, len(data))
+            self._transfer.wrote(place.file, place.position + shift, len(data))
 
 
 def _stretches(runs: ChainRuns) -> Iterator[tuple[list[ChainRun], bool]]:

@@ -193,9 +193,14 @@ def _device_info(node: Node, image: ImageInfo, names: Mapping[Node, str]) -> Blo
         iops_wr=0,
         image=image,
         cache=BlockdevCacheInfo(writeback=True, direct=bool(spec.cache_direct), no_flush=bool(spec.cache_no_flush)),
-        write_threshold=0,
+        write_threshold=_signed(node.written.threshold),
         dirty_bitmaps=_dirty_bitmaps(node),
     )
+
+
+def _signed(number: int) -> int:
+    """An unsigned 64-bit value as the signed type of the schema shows it."""
+    return number - (1 << 64) if number >> 63 else number
 
 
 def _dirty_bitmaps(node: Node) -> list[BlockDirtyInfo] | None:

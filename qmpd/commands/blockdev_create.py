@@ -118,8 +118,6 @@ _SAME = (
 def _qcow2_options(options: BlockdevCreateOptionsQcow2) -> CreateOptions:
     """What was given; the defaults are those of CreateOptions."""
     given: dict[str, Any] = {name: value for name in _SAME if (value := getattr(options, name)) is not None}
-    if options.data_file_raw:
-        given.setdefault("preallocation", PreallocMode.METADATA)
     plain: dict[str, Any] = {
         name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()
     }

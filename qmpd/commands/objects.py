@@ -114,7 +114,13 @@ class Iothread(UserObject):
     def __init__(self, object_id: str, settings: dict[str, int]) -> None:
         super().__init__(object_id)
         self.settings = dict(self.DEFAULTS)
+        #: Each tells whether somebody still runs in the thread.
+        self.tenants: list[Callable[[], bool]] = []
         self.change(settings)
+
+    def retire(self) -> bool:
+        self.tenants = [is_there for is_there in self.tenants if is_there()]
+        return not self.tenants and super().retire()
 
     def change(self, settings: dict[str, int]) -> None:
         """Take over all of ``settings`` or raise QmpdError."""

@@ -8,6 +8,7 @@ Jobs and short operations have separate thread budgets, so that jobs at work nev
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -65,3 +66,18 @@ JOBS: Final = Bridge(64)
 
 to_worker = SHORT.to_worker
 run_steps = SHORT.run_steps
+
+
+class Mailbox:
+    """The way back: any thread can have something run on the control thread, soon, in order, without waiting for it.
+
+    Make it on the control thread. What is posted when the event loop is over is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+
+    def post(self, fn: Callable[..., object], *args: Any) -> None:
+        """Have ``fn(*args)`` run; it must not raise. Any thread."""
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(fn, *args)

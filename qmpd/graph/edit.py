@@ -354,6 +354,15 @@ class Edit:
         self._touch(node)
         self._tightens = True
 
+    def set_active(self, node: Node, active: bool) -> None:
+        """Let a node use its files, or leave them to others. The caller has flushed it before, or reloads it after."""
+        node.opened.reopen_prepare(read_only=node.read_only or not active)
+        self._undo.append(node.opened.reopen_abort)
+        self._reopened[node] = node.read_only
+        self._assign(node, "active", active)
+        self._touch(node)
+        self._tightens = True
+
     # -- holding things in place -------------------------------------------------------------------------------------
 
     def freeze(self, edge: Edge) -> None:

@@ -132,7 +132,7 @@ def _plain(node: Node, known: _Known) -> str:
         return ""
     if node.driver_name == "blkdebug":
         return "" if set(strong) - {"config"} else f"blkdebug:{node.spec.options.get('config', '')}:{name}"
-    protocol = child.node.driver is not None and child.node.driver.is_protocol
+    protocol = child.node.driver is not None and (child.node.driver.is_protocol or child.node.driver_name == "blkdebug")
     return name if protocol and not node.is_filter and not strong else ""
 
 

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from qmpd.block.api import BlockDevice, Driver, Perm, Role
 from qmpd.block.contract import Checked
+from qmpd.block.meter import WriteMeter
 from qmpd.errors import Kind, QmpdError
 from qmpd.graph.filename import filename_of
 from qmpd.graph.spec import NodeSpec
@@ -102,9 +103,8 @@ class Edge:
     def device(self) -> BlockDevice:
         """I/O on the node through this edge, checked against the edge's permissions. Changes when the node does."""
         if self._device is None:
-            if self.node.driver is None:
-                raise RuntimeError(f"node {self.node.name} is not open")
-            self._device = Checked(self.node.driver, lambda: self.perm, node=self.node.name)
+            node = self.node
+            self._device = Checked(node.opened, lambda: self.perm, node=node.name, meter=node.written)
         return self._device
 
     def point_at(self, node: Node) -> Callable[[], None]:
@@ -189,6 +189,10 @@ class Node:
     held: list[Edge] = field(default_factory=list)
     #: Oldest first.
     blockers: list[OpBlocker] = field(default_factory=list)
+    #: The iothread object that a client put the node in. Means nothing here.
+    iothread: object = None
+    #: How far the node was written since it was opened.
+    written: WriteMeter = field(default_factory=WriteMeter)
 
     type_name: ClassVar[str] = "block-driver"
 

@@ -52,10 +52,13 @@ class NewBacking:
 
 def backing_name(overlay: Node, base: Node) -> str:
     """A name that leads from the header of ``overlay`` to ``base``: base's own if that works, else made relative."""
-    name = base.filename
+    return name_seen_from(filename.image_path(overlay), base.filename)
+
+
+def name_seen_from(image: str | None, name: str) -> str:
+    """The file name ``name``, which counts from the working directory, as the header of the file ``image`` needs it."""
     if name.startswith("/") or filename.has_protocol(name):
         return name
-    image = filename.image_path(overlay)
     target = os.path.realpath(name)
     if image is None:
         return target

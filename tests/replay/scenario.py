@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.daemons import Client, HungError
+from tests.daemons import PEER, Client, HungError, under_test
 from tests.replay import hosts, normal
 from tests.replay.deviations import MismatchError
 from tests.replay.guest import CONNECTED_EARLIER, Guest
@@ -46,9 +46,17 @@ def replay(case: dict[str, Any], directory: Path) -> None:
                 _Play(client, case, directory).run()
             except (HungError, EOFError) as problem:
                 raise MismatchError(f"the conversation broke off: {problem}") from problem
-        if "exit-status" in case["after"] and (status := host.exit_status()) is not None:
-            _expect("exit status", status, case["after"]["exit-status"])
+        if "exit-status" in case["after"]:
+            _check_end(host, case["after"]["exit-status"])
     check_images(case, directory, before=False)
+
+
+def _check_end(host: hosts.Host, recorded: int) -> None:
+    """Only the recorded program may crash again."""
+    if recorded < 0 and under_test() != PEER:
+        raise MismatchError(f"the recorded program was ended by signal {-recorded}")
+    if (status := host.exit_status()) is not None:
+        _expect("exit status", status, recorded)
 
 
 class _Play:
@@ -213,8 +221,14 @@ def _verify(_: str, recorded: Any, directory: Path) -> Any:
     return run.returncode, normal.program_output(run.stdout + run.stderr)
 
 
-_LOOKS = {"info": _info, "map": _map, "verify": _verify}
+def _exists(name: str, _: Any, directory: Path) -> bool:
+    """Is there such a file?"""
+    return (directory / name).exists()
+
+
+_LOOKS = {"exists": _exists, "info": _info, "map": _map, "verify": _verify}
 _LOOKED = {
+    "exists": lambda recorded: recorded,
     "info": normal.reply,
     "map": lambda recorded: recorded,
     "verify": lambda recorded: (recorded["status"], recorded["output"]),

@@ -118,6 +118,9 @@ class Raw(Driver):
     def direct(self, offset: int, length: int) -> tuple[FileStorage, int] | None:
         return self._file.direct(offset + self._window.offset, length)
 
+    def note_written(self, end: int) -> None:
+        self._file.note_written(end + self._window.offset)
+
     def place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
         self._check_placing()
         return self._showing(self._file.place(offset + self._window.offset, length))

@@ -278,6 +278,9 @@ class FileStorage(Driver):
             text = f"Could not refresh total sector count: {error.strerror}"
             raise from_oserror(error, text, path=self.path) from error
 
+    def reload(self) -> None:
+        self._length = self._find_length()
+
     def _file_end(self) -> int:
         return os.lseek(self.fd, 0, os.SEEK_END)
 

@@ -100,7 +100,7 @@ def check(options: CreateOptions) -> None:
             options.compression_type != "zlib" and old,
             f"Non-zlib compression type is only supported with compatibility level 1.1 and above {_V3_ONLY}",
         ),
-        (options.size < 0, "Could not resize image: Image size cannot be negative"),
+        (not 0 <= options.size < 1 << 63, "Could not resize image: Image size cannot be negative"),
         (
             options.size > MAX_LENGTH,
             f"Could not resize image: offset({options.size}) exceeds maximum({MAX_LENGTH})",
