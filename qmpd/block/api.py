@@ -115,11 +115,8 @@ class BlockDevice(Protocol):
     def direct(self, offset: int, length: int) -> tuple[FileStorage, int] | None:
         """The file and position that hold exactly these bytes, if reading or writing there is the same as here.
 
-        None for anything that computes, throttles, injects or remaps. Who writes there says so: :meth:`note_written`.
+        None for anything that computes, throttles, injects or remaps.
         """
-
-    def note_written(self, end: int) -> None:
-        """Bytes up to ``end`` were written in the file that :meth:`direct` gave."""
 
     def place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
         """Make a range of whole placement units this device's own, and say where it is.
@@ -222,9 +219,6 @@ class Driver(ABC):
     def direct(self, offset: int, length: int) -> tuple[FileStorage, int] | None:
         return None
 
-    def note_written(self, end: int) -> None:
-        pass
-
     def place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
         raise QmpdError(f"{self.format_name}: no placement", Kind.UNSUPPORTED)
 
@@ -283,12 +277,6 @@ class Driver(ABC):
     def reopen_abort(self) -> None:
         """Forget what prepare did. Cannot fail."""
 
-    def reload(self) -> None:
-        """Read anew what other programs may have changed while the node was inactive. Worker thread, nothing in flight.
-
-        Raises with nothing changed.
-        """
-
     # -- formats with a backing file ---------------------------------------------------------------------------------
 
     @property
@@ -302,4 +290,11 @@ class Driver(ABC):
 
     def change_backing_reference(self, reference: BackingReference | None) -> None:
         """Rewrite the header durably (returns after the sync). Worker thread; the driver must be writable."""
+        raise QmpdError("Operation not supported", Kind.UNSUPPORTED)
+
+    def make_empty(self) -> None:
+        """Forget all content, durably, so that the backing file shows through everywhere; it has the same content.
+
+        Worker thread; the driver must be writable, and requests must be kept away meanwhile.
+        """
         raise QmpdError("Operation not supported", Kind.UNSUPPORTED)

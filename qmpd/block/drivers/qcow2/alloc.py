@@ -295,6 +295,10 @@ class Allocator:
             if high > low:
                 self._image.file.discard(low, high - low)
 
+    def start_over(self, cluster: int) -> None:
+        """From ``cluster`` on everything is free."""
+        self._cursor = cluster
+
     def rewind(self, virgin: int) -> None:
         """The file was cut to ``virgin`` clusters."""
         self.virgin = virgin

@@ -12,6 +12,7 @@ from typing import Any, Final, Self
 from qmpd.block.api import BackingReference, BlockDevice, Buffer, Driver, ImageInfo
 from qmpd.block.drivers.qcow2 import header as hdr
 from qmpd.block.drivers.qcow2.clusters import Clusters
+from qmpd.block.drivers.qcow2.empty import make_empty
 from qmpd.block.drivers.qcow2.image import L2_CACHE, REFCOUNT_CACHE, Image
 from qmpd.block.drivers.qcow2.reading import Reader
 from qmpd.block.drivers.qcow2.resize import Resizer
@@ -22,9 +23,6 @@ from qmpd.block.extents import Runs
 from qmpd.errors import Kind, QmpdError
 
 _DISCARD_OPTION: Final = "pass-discard-request"
-
-#: What a driver has read, or knows, of its image.
-_PARTS: Final = ("_image", "_clusters", "_reader", "_writer", "_eraser", "_resizer", "_length")
 
 
 class Qcow2(Driver):
@@ -202,13 +200,9 @@ class Qcow2(Driver):
     def reopen_abort(self) -> None:
         self._next = None
 
-    def reload(self) -> None:
-        children = {"file": self._image.file}
-        if self._reader.backing is not None:
-            children["backing"] = self._reader.backing
-        fresh = self.open(children, self._options, read_only=self.read_only)
-        for part in _PARTS:
-            setattr(self, part, getattr(fresh, part))
+    def make_empty(self) -> None:
+        """See :meth:`Driver.make_empty`; :mod:`qmpd.block.drivers.qcow2.empty` tells what a crash may leave."""
+        make_empty(self._image, self._writer, self._eraser)
 
     # -- backing reference -----------------------------------------------------------------------------------------
 

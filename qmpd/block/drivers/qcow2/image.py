@@ -124,6 +124,10 @@ class Image:
         if self._dead is not None:
             raise QmpdError(f"Image takes no more writes: {self._dead.desc}", Kind.CORRUPT)
 
+    def take_no_more_writes(self, error: QmpdError) -> None:
+        """Memory and file may have come to differ, because of ``error``."""
+        self._dead = self._dead or error
+
     # -- the header on disk ----------------------------------------------------------------------------------------
 
     def write_header_field(self, offset: int, data: bytes) -> None:
@@ -135,7 +139,7 @@ class Image:
             self.file.write(offset, data)
             self.file.flush()
         except QmpdError as error:
-            self._dead = self._dead or error
+            self.take_no_more_writes(error)
             raise
 
     def write_header(self, new: Header) -> None:

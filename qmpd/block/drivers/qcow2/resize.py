@@ -17,7 +17,7 @@ from qmpd.block.drivers.qcow2.tables import OFFSET_MASK
 from qmpd.block.drivers.qcow2.writing import Writer
 from qmpd.block.drivers.qcow2.zeroing import Eraser
 from qmpd.errors import Kind, QmpdError, strerror
-from qmpd.units import MAX_LENGTH, SECTOR, align_down, align_up, ceil_div
+from qmpd.units import MAX_LENGTH, SECTOR, align_up, ceil_div
 
 
 class Resizer:
@@ -130,7 +130,7 @@ class Resizer:
         image, geometry = self._image, self._image.geometry
         old, self._reader.size = self._reader.size, size
         try:
-            self._drop_clusters(align_up(size, geometry.cluster_size), align_up(old, geometry.cluster_size))
+            self._eraser.drop_range(align_up(size, geometry.cluster_size), align_up(old, geometry.cluster_size))
             with image.lock:
                 image.meta.flush(image.alloc.release)
                 self._drop_tables(geometry.l1_entries(size))
@@ -141,14 +141,6 @@ class Resizer:
         except BaseException:
             self._reader.size = old
             raise
-
-    def _drop_clusters(self, start: int, end: int) -> None:
-        geometry = self._image.geometry
-        while start < end:
-            stop = min(end, align_down(start, geometry.span) + geometry.span)
-            first, last = start >> geometry.cluster_bits, stop >> geometry.cluster_bits
-            self._eraser.drop(first, last, discard=self._eraser.pass_discard)
-            start = stop
 
     def _drop_tables(self, first: int) -> None:
         """L2 tables from L1 entry ``first`` on, whose entries are all zero now. Lock held."""

@@ -64,8 +64,7 @@ class Eraser:
             self._write_zeroes(offset, end)
             return
         self._write_zeroes(offset, low)
-        for first, last in self._by_table(low, align_up(high, size)):
-            self.drop(first // size, last // size, discard=self.pass_discard)
+        self.drop_range(low, align_up(high, size))
         self._write_zeroes(high, end)
 
     def _write_zeroes(self, start: int, end: int) -> None:
@@ -154,6 +153,12 @@ class Eraser:
             self._replace(
                 clusters, states.entries, np.zeros_like(states.entries), change, dropped=change, discard=discard
             )
+
+    def drop_range(self, start: int, end: int) -> None:
+        """Make whole clusters unallocated, whatever then shows from below (bytes)."""
+        size = self._geometry.cluster_size
+        for first, last in self._by_table(start, end):
+            self.drop(first // size, last // size, discard=self.pass_discard)
 
     # -- shared ----------------------------------------------------------------------------------------------------
 
