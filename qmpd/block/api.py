@@ -115,8 +115,11 @@ class BlockDevice(Protocol):
     def direct(self, offset: int, length: int) -> tuple[FileStorage, int] | None:
         """The file and position that hold exactly these bytes, if reading or writing there is the same as here.
 
-        None for anything that computes, throttles, injects or remaps.
+        None for anything that computes, throttles, injects or remaps. Who writes there says so: :meth:`note_written`.
         """
+
+    def note_written(self, end: int) -> None:
+        """Bytes up to ``end`` were written in the file that :meth:`direct` gave."""
 
     def place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
         """Make a range of whole placement units this device's own, and say where it is.
@@ -219,6 +222,9 @@ class Driver(ABC):
     def direct(self, offset: int, length: int) -> tuple[FileStorage, int] | None:
         return None
 
+    def note_written(self, end: int) -> None:
+        pass
+
     def place(self, offset: int, length: int) -> AbstractContextManager[Runs]:
         raise QmpdError(f"{self.format_name}: no placement", Kind.UNSUPPORTED)
 
@@ -276,6 +282,12 @@ class Driver(ABC):
 
     def reopen_abort(self) -> None:
         """Forget what prepare did. Cannot fail."""
+
+    def reload(self) -> None:
+        """Read anew what other programs may have changed while the node was inactive. Worker thread, nothing in flight.
+
+        Raises with nothing changed.
+        """
 
     # -- formats with a backing file ---------------------------------------------------------------------------------
 

@@ -24,6 +24,9 @@ from qmpd.errors import Kind, QmpdError
 
 _DISCARD_OPTION: Final = "pass-discard-request"
 
+#: What a driver has read, or knows, of its image.
+_PARTS: Final = ("_image", "_clusters", "_reader", "_writer", "_eraser", "_resizer", "_length")
+
 
 class Qcow2(Driver):
     """One qcow2 image. Children: ``file`` (required), ``backing`` (attached by the graph).
@@ -199,6 +202,14 @@ class Qcow2(Driver):
 
     def reopen_abort(self) -> None:
         self._next = None
+
+    def reload(self) -> None:
+        children = {"file": self._image.file}
+        if self._reader.backing is not None:
+            children["backing"] = self._reader.backing
+        fresh = self.open(children, self._options, read_only=self.read_only)
+        for part in _PARTS:
+            setattr(self, part, getattr(fresh, part))
 
     def make_empty(self) -> None:
         """See :meth:`Driver.make_empty`; :mod:`qmpd.block.drivers.qcow2.empty` tells what a crash may leave."""
