@@ -20,7 +20,7 @@ DATA = Path(__file__).parent.parent / "data"
 
 #: Pattern of a difference -> why it is there.
 ACCEPTED = {
-    r"(blockdev-add|blockdev-create|x-blockdev-amend) arg.*: no (value|case) [a-z_-]+": "a subset of the peer's drivers",
+    r"(x-)?blockdev-(add|create|amend) arg.*: no (value|case) [a-z_-]+": "a subset of the peer's drivers",
     r"object-add arg.*: no (value|case) [a-z0-9-_]+": "a subset of the peer's object types",
     r"transaction arg.*: no (value|case) [a-z-]+": "a subset of the peer's actions",
     r"query-blockstats ret.*: no (value|case) [a-z0-9_-]+": "a subset of the peer's drivers",
