@@ -86,8 +86,9 @@ class Header:
     tail: bytes = b""
     extensions: tuple[tuple[int, bytes], ...] = ()
     backing_name: bytes | None = None
-    #: Bytes of cluster 0 in use when parsed.
-    used: int = field(default=0, compare=False)
+    #: Where things were in cluster 0 when parsed or written: the end of the extensions, the start of the backing name.
+    extensions_end: int = field(default=0, compare=False)
+    name_offset: int = field(default=0, compare=False)
 
     @property
     def cluster_size(self) -> int:
@@ -104,6 +105,11 @@ class Header:
     @property
     def header_length(self) -> int:
         return FIXED_V2 if self.version == 2 else FIXED_V3 + len(self.tail)
+
+    @property
+    def areas(self) -> tuple[tuple[int, int], ...]:
+        """The byte ranges of cluster 0 in use when parsed or written."""
+        return (0, self.extensions_end), (self.name_offset, self.name_offset + len(self.backing_name or b""))
 
     def extension(self, kind: int) -> bytes | None:
         """Content of the last extension of that type."""
@@ -131,19 +137,24 @@ class Header:
             extensions.insert(0, (EXT_BACKING_FORMAT, kind))
         return replace(self, extensions=tuple(extensions), backing_name=name)
 
-    def serialise(self) -> bytes:
-        """The used part of cluster 0. Raises ENOSPC when it does not fit one cluster."""
-        fixed = self.header_length
+    def placed(self, name_offset: int = 0) -> Header:
+        """The same with :attr:`areas` as written: the backing name there, or (0) right behind the extensions."""
+        end = self.header_length + sum(_EXTENSION.size + align_up(len(data), 8) for _, data in self.extensions)
+        end += _EXTENSION.size
+        return replace(self, extensions_end=end, name_offset=max(end, name_offset) if self.backing_name else 0)
+
+    def serialise(self, name_offset: int = 0) -> bytes:
+        """The used part of cluster 0, placed as :meth:`placed` says. Raises ENOSPC when it does not fit one cluster."""
+        place = self.placed(name_offset)
         extensions = b"".join(
             _EXTENSION.pack(magic, len(data)) + data + bytes(-len(data) % 8) for magic, data in self.extensions
         )
         extensions += _EXTENSION.pack(EXT_END, 0)
         name = self.backing_name or b""
-        name_offset = fixed + len(extensions) if name else 0
         v2 = _V2.pack(
             MAGIC,
             self.version,
-            name_offset,
+            place.name_offset,
             len(name),
             self.cluster_bits,
             self.size,
@@ -157,8 +168,9 @@ class Header:
         )
         v3 = b""
         if self.version >= 3:
-            v3 = _V3.pack(self.incompatible, self.compatible, self.autoclear, self.refcount_order, fixed) + self.tail
-        out = v2 + v3 + extensions + name
+            v3 = _V3.pack(self.incompatible, self.compatible, self.autoclear, self.refcount_order, self.header_length)
+            v3 += self.tail
+        out = (v2 + v3 + extensions).ljust(place.name_offset, b"\0") + name
         if len(out) > self.cluster_size:
             raise QmpdError("No space left on device", Kind.NO_SPACE)
         return out
@@ -189,7 +201,7 @@ def parse(cluster0: bytes, *, read_only: bool) -> Header:
         raise _bad("Invalid backing file offset")
     _check_features(fixed, cluster0, backing_offset, read_only=read_only)
     _check_tables(fixed)
-    extensions, used = _extensions(cluster0, fixed.header_length, backing_offset or cluster_size)
+    extensions, end = _extensions(cluster0, fixed.header_length, backing_offset or cluster_size)
     header = replace(fixed, extensions=tuple(extensions))
     _refuse_foreign(header)
     name = None
@@ -197,10 +209,10 @@ def parse(cluster0: bytes, *, read_only: bool) -> Header:
         if backing_length > min(MAX_BACKING_NAME, cluster_size - backing_offset):
             raise _bad("Backing file name too long")
         name = cluster0[backing_offset : backing_offset + backing_length]
-        used = max(used, backing_offset + backing_length)
     if fixed.size > MAX_LENGTH:
         raise _bad("Could not refresh total sector count: File too large")
-    return replace(header, backing_name=name, used=used, size=fixed.size // SECTOR * SECTOR)
+    size = fixed.size // SECTOR * SECTOR
+    return replace(header, backing_name=name, extensions_end=end, name_offset=backing_offset, size=size)
 
 
 def _fixed_fields(data: bytes) -> tuple[Header, int, int]:

@@ -23,6 +23,7 @@ from qmpd.block.drivers.qcow2.alloc import Allocator
 from qmpd.block.drivers.qcow2.bitmaps import Bitmap, load_bitmaps
 from qmpd.block.drivers.qcow2.cache import L2Codec, MetadataCache, Moments, PointerTable, TableCache, read_padded
 from qmpd.block.drivers.qcow2.header import Header
+from qmpd.block.drivers.qcow2.headerwrite import rewrite
 from qmpd.block.drivers.qcow2.inflight import Inflight
 from qmpd.block.drivers.qcow2.overlap import Overlap
 from qmpd.block.drivers.qcow2.refcounts import RefcountCodec, Refcounts, bad_block_pointer
@@ -39,8 +40,6 @@ REFCOUNT_CACHE: Final = 8 * MIB
 
 L2_MOMENTS: Final = Moments(Event.L2_LOAD, Event.L2_UPDATE)
 REFBLOCK_MOMENTS: Final = Moments(Event.REFBLOCK_LOAD, Event.REFBLOCK_UPDATE_PART)
-
-_SECTOR: Final = 512
 
 
 class Image:
@@ -143,17 +142,8 @@ class Image:
             raise
 
     def write_header(self, new: Header) -> None:
-        """Replace the header durably, touching only the sectors that change."""
-        content = new.serialise()
-        length = align_up(max(len(content), self.header.used), _SECTOR)
-        old = read_padded(self.file, 0, length)
-        content = content.ljust(length, b"\0")
-        changed = [i for i in range(0, length, _SECTOR) if old[i : i + _SECTOR] != content[i : i + _SECTOR]]
-        if changed:
-            low, high = changed[0], changed[-1] + _SECTOR
-            self.file.write(low, content[low:high])
-        self.file.flush()
-        self.header = replace(new, used=len(content.rstrip(b"\0")))
+        """Replace the header durably; a crash leaves the old one or the new one. Raises ENOSPC, the file's errors."""
+        self.header = rewrite(self.file, self.header, new)
 
     # -- flushing --------------------------------------------------------------------------------------------------
 
