@@ -9,13 +9,10 @@ Source: spec/jobs-and-commit.md sections 4 and 5. The control thread runs all bu
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from functools import partial
 from typing import Final
 
 from qmpd.block.api import BackingReference, Driver, Perm, Role
-from qmpd.block.copy import CopyEngine, CopyError
-from qmpd.block.extents import chain_runs
 from qmpd.block.filters.commit_top import CommitTop
 from qmpd.errors import QmpdError
 from qmpd.graph import chain
@@ -24,21 +21,19 @@ from qmpd.graph.node import Backend, Node
 from qmpd.graph.spec import NodeSpec
 from qmpd.jobs import header
 from qmpd.jobs.cell import Cell, Rest
-from qmpd.jobs.copying import CopyJob, as_errno
-from qmpd.jobs.job import Body, Failure, check_speed
-from qmpd.jobs.pieces import Pieces
+from qmpd.jobs.copying import as_errno
+from qmpd.jobs.job import Body, check_speed
 from qmpd.jobs.plan import CommitPlan
+from qmpd.jobs.regions import RegionJob
 from qmpd.jobs.surgery import back_to_read_only, quietly
 from qmpd.steps import Steps
 from qmpd.units import GIB
 
-WINDOW: Final = 16 * GIB
-"""Bytes of the device that are mapped at once: a quarter of a million runs at most, with clusters of 64 KiB."""
 ZERO_STEP: Final = GIB
 """Bytes of one zero request; between two of them the job can be paused or cancelled."""
 
 
-class CommitJob(CopyJob):
+class CommitJob(RegionJob):
     """One block-commit whose top is not the active layer."""
 
     def __init__(self, graph: Graph, plan: CommitPlan) -> None:
@@ -106,38 +101,6 @@ class CommitJob(CopyJob):
     def _check_headers(self) -> None:
         for driver, reference in self._headers:
             driver.check_backing_reference(reference)
-
-    def _copy(self, cell: Cell) -> Body:
-        with CopyEngine(self._layers, self._device) as engine:
-            offset = 0
-            while offset < self._length:
-                pieces = yield from self._map(cell, offset)
-                yield from self._copy_region(cell, engine, pieces)
-                offset = pieces.end
-
-    def _copy_region(self, cell: Cell, engine: CopyEngine, pieces: Pieces) -> Body:
-        offset = pieces.start
-        while offset < pieces.end:
-            yield from cell.pace()
-            piece = pieces.step(offset) if self._stepwise or cell.speed else pieces.stretch(offset)
-            try:
-                if piece.allocated:
-                    engine.copy(pieces.runs, offset, piece.length)
-            except CopyError as error:
-                yield from self._failed(error.operation, error)
-                continue
-            cell.advance(piece.length, charged=piece.allocated)
-            offset += piece.length
-            yield from self._succeeded()
-
-    def _map(self, cell: Cell, offset: int) -> Generator[Rest | Failure, None, Pieces]:
-        """What lies above base from ``offset`` on."""
-        while True:
-            try:
-                return Pieces(chain_runs(self._layers, offset, min(WINDOW, self._length - offset)))
-            except QmpdError as error:
-                yield from self._failed("read", error)
-            yield from cell.checkpoint()
 
     def _blank(self, cell: Cell) -> Body:
         """Where an overlay is longer than top it has read zeros; base must not show older data there."""

@@ -33,10 +33,10 @@ from qmpd.graph.spec import NodeSpec
 from qmpd.jobs import header
 from qmpd.jobs.cell import Cell, Rest
 from qmpd.jobs.chainjob import ChainJob
-from qmpd.jobs.commit import WINDOW
 from qmpd.jobs.copying import WRITES, as_errno
 from qmpd.jobs.job import Action, Body, Failure, check_speed, error_action
 from qmpd.jobs.pieces import CHUNK, Piece, Pieces
+from qmpd.jobs.regions import WINDOW
 from qmpd.jobs.stream_plan import StreamPlan
 from qmpd.jobs.surgery import back_to_read_only, quietly
 from qmpd.steps import Steps

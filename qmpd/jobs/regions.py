@@ -1,0 +1,57 @@
+"""Copying what does not change meanwhile: all that lies above base, from front to end.
+
+Source: spec/jobs-and-commit.md section 5. Worker thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Final
+
+from qmpd.block.copy import CopyEngine, CopyError
+from qmpd.block.extents import chain_runs
+from qmpd.errors import QmpdError
+from qmpd.jobs.cell import Cell, Rest
+from qmpd.jobs.copying import CopyJob
+from qmpd.jobs.job import Body, Failure
+from qmpd.jobs.pieces import Pieces
+from qmpd.units import GIB
+
+WINDOW: Final = 16 * GIB
+"""Bytes of the device that are mapped at once: a quarter of a million runs at most, with clusters of 64 KiB."""
+
+
+class RegionJob(CopyJob):
+    """A commit of images that nobody writes to."""
+
+    def _copy(self, cell: Cell) -> Body:
+        with CopyEngine(self._layers, self._device) as engine:
+            offset = 0
+            while offset < self._length:
+                pieces = yield from self._map(cell, offset)
+                yield from self._copy_region(cell, engine, pieces)
+                offset = pieces.end
+
+    def _copy_region(self, cell: Cell, engine: CopyEngine, pieces: Pieces) -> Body:
+        offset = pieces.start
+        while offset < pieces.end:
+            yield from cell.pace()
+            piece = pieces.step(offset) if self._stepwise or cell.speed else pieces.stretch(offset)
+            try:
+                if piece.allocated:
+                    engine.copy(pieces.runs, offset, piece.length)
+            except CopyError as error:
+                yield from self._failed(error.operation, error)
+                continue
+            cell.advance(piece.length, charged=piece.allocated)
+            offset += piece.length
+            yield from self._succeeded()
+
+    def _map(self, cell: Cell, offset: int) -> Generator[Rest | Failure, None, Pieces]:
+        """What lies above base from ``offset`` on."""
+        while True:
+            try:
+                return Pieces(chain_runs(self._layers, offset, min(WINDOW, self._length - offset)))
+            except QmpdError as error:
+                yield from self._failed("read", error)
+            yield from cell.checkpoint()
