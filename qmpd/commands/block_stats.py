@@ -16,7 +16,7 @@ from qmpd.control.bridge import Mailbox
 from qmpd.control.qapi import Bool, Int, Number, QapiModel, Str, Uint64
 from qmpd.control.registry import Context, command, event
 from qmpd.errors import QmpdError
-from qmpd.graph.node import Node
+from qmpd.graph.node import Node, topological
 
 # -- types -------------------------------------------------------------------------------------------------------------
 
@@ -132,19 +132,27 @@ _UNCOUNTED: Final[dict[str, Any]] = {
 
 
 @command("query-blockstats", returns=list[BlockStats])
-def query_blockstats(ctx: Context, args: QueryBlockstats) -> list[BlockStats]:
-    """Every node, oldest first, if nodes are asked for; guest devices do not exist."""
-    return [_stats(node) for node in ctx.graph.nodes] if args.query_nodes else []
+def query_blockstats(ctx: Context, args: QueryBlockstats) -> list[dict[str, Any]]:
+    """Every node, oldest first, if nodes are asked for; guest devices do not exist.
+
+    ``parent`` is, in spite of its name, the child that holds the node's own data.
+    """
+    if not args.query_nodes:
+        return []
+    nodes = ctx.graph.nodes
+    known: dict[Node, dict[str, Any]] = {}
+    for node in reversed(topological(nodes)):  # children first: no recursion, since clients can stack any number
+        stats = known[node] = _own_stats(node).to_wire()
+        if node.primary_edge is not None:
+            stats["parent"] = known[node.primary_edge.node]
+    return [known[node] for node in nodes]
 
 
-def _stats(node: Node) -> BlockStats:
-    """``parent`` is, in spite of its name, the child that holds the node's own data."""
-    child = node.primary_edge
+def _own_stats(node: Node) -> BlockStats:
     return BlockStats(
         node_name=node.name,
         stats=BlockDeviceStats(**_UNCOUNTED | {"wr_highest_offset": node.written.highest}),
         driver_specific=_specific(node),
-        parent=_stats(child.node) if child else None,
     )
 
 

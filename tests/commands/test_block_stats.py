@@ -196,3 +196,15 @@ async def test_unknown_nodes(daemon: Served) -> None:
     """The peer's text, of class GenericError."""
     text = await daemon.refused("block-set-write-threshold", node_name="nope", write_threshold=1)
     assert text == "Device 'nope' not found"
+
+
+async def test_a_tall_stack_of_nodes(daemon: Served) -> None:
+    """Its height is limited by nothing but memory."""
+    await daemon.call("blockdev-add", driver="null-co", node_name="n0", size=MIB)
+    for number in range(1, 400):
+        await daemon.call("blockdev-add", driver="raw", node_name=f"n{number}", file=f"n{number - 1}")
+    entry: dict[str, Any] | None = (await stats(daemon))["n399"]
+    height = 0
+    while entry is not None:
+        height, entry = height + 1, entry.get("parent")
+    assert height == 400
