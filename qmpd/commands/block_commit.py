@@ -1,7 +1,5 @@
 """block-commit. Source: spec/jobs-and-commit.md section 3."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from qmpd.control.qapi import Bool, Features, Int, QapiModel, Str

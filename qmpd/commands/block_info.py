@@ -1,7 +1,5 @@
 """What queries tell about nodes: QAPI types, and how they are filled in. Source: spec/block-graph.md section 7."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
@@ -101,7 +99,7 @@ class BlockNodeInfo(QapiModel):
 
 
 class ImageInfo(BlockNodeInfo):
-    backing_image: ImageInfo | None = None
+    backing_image: "ImageInfo | None" = None
 
 
 class BlockdevCacheInfo(QapiModel):

@@ -1,7 +1,5 @@
 """Queries about nodes and the graph. Nothing here changes anything. Source: spec/block-graph.md section 7."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 from pydantic import Field

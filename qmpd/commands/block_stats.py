@@ -4,8 +4,6 @@ The peer counts requests of guest devices only, which a storage daemon has none 
 they are there.
 """
 
-from __future__ import annotations
-
 from typing import Any, Final
 
 from pydantic import ConfigDict
@@ -111,8 +109,8 @@ class BlockStats(QapiModel):
     node_name: Str | None = None
     stats: BlockDeviceStats
     driver_specific: BlockStatsSpecific | None = None
-    parent: BlockStats | None = None
-    backing: BlockStats | None = None
+    parent: "BlockStats | None" = None
+    backing: "BlockStats | None" = None
 
 
 class QueryBlockstats(QapiModel):

@@ -1,7 +1,5 @@
 """block-stream. Source: spec/toolbox.md section 5."""
 
-from __future__ import annotations
-
 from qmpd.control.qapi import Bool, Int, QapiModel, Str
 from qmpd.control.registry import Context, command
 from qmpd.jobs.job import OnError

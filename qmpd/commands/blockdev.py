@@ -1,7 +1,5 @@
 """Adding and removing nodes. Sources: spec/block-graph.md sections 4 and 5."""
 
-from __future__ import annotations
-
 from qmpd.commands.blockdev_options import BlockdevOptions, root_spec
 from qmpd.control.bridge import run_steps
 from qmpd.control.qapi import QapiModel, Str

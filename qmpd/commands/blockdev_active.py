@@ -1,7 +1,5 @@
 """blockdev-set-active. Source: spec/toolbox.md section 9."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from qmpd.commands.blockdev import find_node

@@ -1,7 +1,5 @@
 """x-blockdev-amend. Source: spec/toolbox.md section 10."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 from qmpd.commands.blockdev_create import QCryptoBlockFormat

@@ -3,8 +3,6 @@
 Sources: spec/block-graph.md section 6, spec/toolbox.md sections 4, 6 and 7.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from qmpd.block.api import Perm, Role

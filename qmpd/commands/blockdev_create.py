@@ -1,7 +1,5 @@
 """blockdev-create: image files and qcow2 images, made by a background job. Source: spec/toolbox.md section 1."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 from typing import Any
 

@@ -5,8 +5,6 @@ what a driver cannot do with a member is that driver's error at open. Drivers th
 enum, as in a QEMU built without them. Source: spec/block-graph.md section 4.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """Snapshots by overlays, alone and in transactions. Source: spec/toolbox.md sections 2, 3 and 13."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 from qmpd.control.bridge import run_steps

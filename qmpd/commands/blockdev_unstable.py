@@ -4,8 +4,6 @@ Both are here for clients that try them; there is no quorum, and qmpd runs I/O o
 spec/toolbox.md section 10.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from qmpd.commands.blockdev import find_node

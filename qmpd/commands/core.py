@@ -1,7 +1,5 @@
 """The daemon about itself: version, commands, schema, the end. Source: spec/qmp-protocol.md sections 8, 11 and 12."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 from functools import cache
 from typing import Annotated, Any

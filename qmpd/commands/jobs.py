@@ -3,8 +3,6 @@
 ``job-*`` commands find a job of any kind by id, ``block-job-*`` commands only block jobs, by what they call the device.
 """
 
-from __future__ import annotations
-
 from enum import StrEnum
 from typing import Any
 

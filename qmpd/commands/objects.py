@@ -4,8 +4,6 @@ An iothread's settings are kept and reported and have no effect: qmpd runs I/O o
 given out, unlike the peer's. Source: spec/toolbox.md section 11.
 """
 
-from __future__ import annotations
-
 import binascii
 import re
 from collections.abc import Callable

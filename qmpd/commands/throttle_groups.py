@@ -1,7 +1,5 @@
 """Throttle groups as objects: their limits as QAPI types, and as properties. Source: spec/toolbox.md section 11."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Any
 
