@@ -14,6 +14,7 @@ Some things in a recording say nothing about the recorded program's contract:
 * **Order of members.** Also inside file names of the form ``json:{...}``, and of the properties of an object, which
   the recorded program keeps in a hash table.
 * **Sizes on disk and timestamps.** ``actual-size`` depends on the file system, the clock on the day.
+* **Being in step.** Whether a mirror has just caught up with its writers (``actively-synced``) is a matter of moments.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ StepEvent = tuple[int, Message]
 
 _GENERATED = re.compile(r"#block(?:AUTO)?\d+")
 _EDGE = re.compile(r"(\S+) -([^>]+)-> (\S+) (.*)")
+_MOMENTARY = ("actual-size", "actively-synced")
 _CLOCKS = ("date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec")  # of an internal snapshot
 _FLIPS = {("paused", "running"), ("standby", "ready")}
 _TIMING = re.compile(r"(ops; ).*$")
@@ -68,7 +70,7 @@ def reply(value: Any) -> Any:
     if isinstance(value, dict) and {"nodes", "edges"} <= value.keys():
         return layout(edges(value))
     if isinstance(value, dict):
-        return {key: 0 if key in _CLOCKS else reply(member) for key, member in value.items() if key != "actual-size"}
+        return {key: 0 if key in _CLOCKS else reply(member) for key, member in value.items() if key not in _MOMENTARY}
     if isinstance(value, list):
         members = [reply(member) for member in value]
         properties = all(isinstance(member, dict) and member.keys() == {"name", "type"} for member in members)

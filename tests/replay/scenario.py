@@ -205,7 +205,10 @@ def check_images(case: dict[str, Any], directory: Path, *, before: bool) -> None
 def _info(image: str, recorded: Any, directory: Path) -> Any:
     """The recorded fields of qemu-img info, and any of the backing fields that are there but were not."""
     keys = {*recorded, "backing-filename", "full-backing-filename", "backing-filename-format"}
-    info = json.loads(_output(directory, "qemu-img", "info", "--output=json", image))
+    run = subprocess.run(["qemu-img", "info", "--output=json", image], cwd=directory, capture_output=True, text=True)
+    if run.returncode:
+        return {"error": run.stderr.strip()}
+    info = json.loads(run.stdout)
     return normal.reply({key: value for key, value in info.items() if key in keys})
 
 

@@ -14,9 +14,20 @@ from tests.tools import need
 AREA = "toolbox"
 RECORDINGS = Path(__file__).parents[1] / "data" / "toolbox.jsonl"
 
+#: Looks at images that were taken between two steps and are not what is there at the end.
+ON_THE_WAY = {
+    "change-backing-file-errors": "info top.qcow2",
+    "internal-snapshot": "info a.qcow2",
+    "resize-with-snapshots-and-bitmap": "info a.qcow2",
+    "stream-manual": "info top.qcow2 while pending",
+}
+
 
 def recordings() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RECORDINGS.read_text().splitlines()]
+    cases = [json.loads(line) for line in RECORDINGS.read_text().splitlines()]
+    for case in cases:
+        case["after"].pop(ON_THE_WAY.get(case["case"]), None)
+    return cases
 
 
 @pytest.mark.parametrize("case", deviations.parametrize(AREA, recordings()))
