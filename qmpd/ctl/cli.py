@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from qmpd import __version__
 from qmpd.ctl import commands, text
-from qmpd.ctl.commit import run_commit
+from qmpd.ctl.commit import run_commit, run_commit_offline
 from qmpd.ctl.watch import run_watch
 
 _EPILOG = """\
@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     table = root.add_subparsers(title="subcommands", metavar="COMMAND", required=True)
     _queries(table.add_parser)
     _commit(table.add_parser)
+    _commit_offline(table.add_parser)
     _jobs(table.add_parser)
     _raw(table.add_parser)
     return root
@@ -86,15 +87,40 @@ def _commit(add: Add) -> None:
     option("device", metavar="DEVICE", help="node name of the chain's active image")
     option("--top", metavar="NODE", help="topmost image to merge; default: DEVICE itself (an active commit)")
     option("--base", metavar="NODE", help="image to merge into; default: the deepest of the chain")
-    option("--job-id", metavar="ID", help="default: commit-DEVICE")
-    option("--speed", type=size_argument, metavar="RATE", help="limit in bytes a second, e.g. 50M")
-    option("--on-error", choices=["report", "ignore", "enospc", "stop", "auto"], help="default: report")
+    _job_options(commit)
     option("--backing-file", metavar="NAME", help="what to write into the overlay's header instead of base's name")
     option("--backing-mask-protocol", action="store_true", help="write the format 'raw' for a bare protocol node")
     option("--filter-node-name", metavar="NODE", help="name of the filter node while the job runs")
     option("--manual-finalize", action="store_true", help="wait for 'qmpctl finalize' before the chain changes")
     option("--keep-ready", action="store_true", help="leave an active commit in sync instead of completing it")
-    option("--detach", action="store_true", help="start it and return")
+    _start_options(commit)
+
+
+def _commit_offline(add: Add) -> None:
+    commit = add(
+        "commit-offline",
+        help="merge an image nobody writes to into the one below it, and empty it",
+        description="Commit DEVICE into its backing image and empty it, as qemu-img commit does. It must have no"
+        " writers. The chain stays as it is. Sizes take K, M, G, T.",
+    )
+    commit.set_defaults(run=run_commit_offline)
+    option = commit.add_argument
+    option("device", metavar="DEVICE", help="node name of the image")
+    option("-d", "--keep", action="store_true", help="do not empty the image")
+    _job_options(commit)
+    option("--manual-finalize", action="store_true", help="wait for 'qmpctl finalize' before the image is emptied")
+    _start_options(commit)
+
+
+def _job_options(commit: argparse.ArgumentParser) -> None:
+    option = commit.add_argument
+    option("--job-id", metavar="ID", help="default: commit-DEVICE")
+    option("--speed", type=size_argument, metavar="RATE", help="limit in bytes a second, e.g. 50M")
+    option("--on-error", choices=["report", "ignore", "enospc", "stop", "auto"], help="default: report")
+
+
+def _start_options(commit: argparse.ArgumentParser) -> None:
+    commit.add_argument("--detach", action="store_true", help="start it and return")
     _json(commit)
     _quiet(commit)
 

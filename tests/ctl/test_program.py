@@ -81,6 +81,19 @@ async def test_commit_sends_what_was_asked_and_reports_the_end(daemon: FakeDaemo
     }
 
 
+async def test_an_offline_commit_is_followed_in_the_same_way(daemon: FakeDaemon) -> None:
+    """Another command with its own members; the job and its end look the same."""
+    committing(daemon)
+    daemon.answers["x-qmpd-commit-offline"] = daemon.answers["block-commit"]
+
+    run = await qmpctl(daemon, "commit-offline", "top", "-d", "--speed", "8M", "--job-id", "j7")
+
+    assert (run.returncode, run.stderr) == (Exit.OK, b"")
+    assert run.stdout.splitlines()[-1] == b"j7: completed"
+    sent = dict(daemon.asked)["x-qmpd-commit-offline"]
+    assert sent == {"job-id": "j7", "device": "top", "speed": 8 * MIB, "keep": True}
+
+
 async def test_a_failed_commit_is_a_failure(daemon: FakeDaemon) -> None:
     """The job's error is on standard error, the status is not zero."""
     committing(daemon, error="No space left on device")

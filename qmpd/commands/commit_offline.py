@@ -1,0 +1,33 @@
+"""x-qmpd-commit-offline: what ``qemu-img commit`` does, in the daemon. Source: spec/jobs-and-commit.md section 9."""
+
+from qmpd.control.qapi import Bool, Int, QapiModel, Str
+from qmpd.control.registry import Context, command
+from qmpd.jobs.job import OnError
+from qmpd.jobs.offline import OfflineCommitJob, plan_offline
+from qmpd.jobs.plan import CommitRequest
+
+
+class CommitOffline(QapiModel):
+    """Arguments of x-qmpd-commit-offline."""
+
+    job_id: Str | None = None
+    device: Str
+    keep: Bool | None = None
+    speed: Int | None = None  # bytes per second
+    on_error: OnError | None = None
+    auto_finalize: Bool | None = None
+    auto_dismiss: Bool | None = None
+
+
+@command("x-qmpd-commit-offline", features=("unstable",))
+async def commit_offline(ctx: Context, args: CommitOffline) -> None:
+    """Start a job that moves all data of ``device``, which nobody writes to, into its backing image.
+
+    Afterwards the image is empty, unless it is to ``keep`` its data.
+    """
+    request = CommitRequest(**{name: value for name, value in args if value is not None and name != "keep"})
+
+    def make() -> OfflineCommitJob:
+        return OfflineCommitJob(ctx.graph, plan_offline(ctx.graph, request), keep=bool(args.keep))
+
+    await ctx.jobs.launch(make)
