@@ -21,8 +21,10 @@ def commit(server: Server, scenario: Scenario, directory: Path, orders: Orders =
         with child.client() as client:
             _add_nodes(client, scenario, directory)
             users = [name for name in scenario.overlays if _below(directory, name) == "mid.qcow2"]
-            if users:
-                _run_job(client, users[0])
+            if scenario.active:
+                _run_job(client, {"device": "top.qcow2", "base-node": "base"}, active=True)
+            elif users:
+                _run_job(client, {"device": users[0], "top-node": "mid.qcow2", "base-node": "base"})
             client.execute("quit")
     except (EOFError, OSError):
         assert orders.kill is not None, (directory / "errors").read_text()
@@ -35,9 +37,11 @@ def commit(server: Server, scenario: Scenario, directory: Path, orders: Orders =
     return status == 0
 
 
-def _run_job(client: Client, device: str) -> None:
-    names = {"device": device, "top-node": "mid.qcow2", "base-node": "base"}
+def _run_job(client: Client, names: dict[str, str], *, active: bool = False) -> None:
     client.execute_with("block-commit", {"job-id": "j0", **names})
+    if active:
+        client.wait_event(lambda event: event["event"] == "BLOCK_JOB_READY")
+        client.execute("block-job-complete", device="j0")
     told = client.wait_event(lambda event: event["event"] == "BLOCK_JOB_COMPLETED")
     assert "error" not in told["data"], told
     client.wait_status("j0", "null")

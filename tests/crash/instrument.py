@@ -17,6 +17,7 @@ from typing import IO, Any, Final, NamedTuple
 from qmpd.block.drivers.qcow2.cache import MetadataCache
 from qmpd.block.drivers.qcow2.image import Image
 from qmpd.block.storage import posix
+from qmpd.control.bus import Bus
 
 IMAGES: Final = (".qcow2", ".raw")
 SECTOR: Final = 512
@@ -24,7 +25,7 @@ SECTOR: Final = 512
 
 class Event(NamedTuple):
     """One change of the file ``name``: ``write``, ``zero`` and ``punch`` (which does not grow the file), ``truncate``
-    to ``offset``, or ``flush``; bytes."""
+    to ``offset``, or ``flush``; bytes. ``told`` is no change: clients are told that the job is complete."""
 
     name: str
     kind: str
@@ -68,6 +69,7 @@ class Instrument:
         os.fdatasync = self._around(lambda fd: None, lambda fd: Event(_name(fd), "flush"))  # type: ignore[assignment]
         posix.fallocate = self._around(posix.fallocate, self._allocated)
         posix.clone_range = self._around(self._share, self._cloned)
+        self._listen()
         if self._orders.sabotage:
             SABOTAGE[self._orders.sabotage]()
 
@@ -81,12 +83,26 @@ class Instrument:
                     self._die(event)
                 result = call(*args)
                 self._calls += 1
-                if self._trace is not None:
-                    pickle.dump(event, self._trace)
-                    self._trace.flush()
+                self._record(event)
                 return result
 
         return instead
+
+    def _listen(self) -> None:
+        publish = Bus.publish
+
+        def instead(bus: Bus, name: str, data: dict[str, Any]) -> None:
+            if name == "BLOCK_JOB_COMPLETED":
+                with self._lock:
+                    self._record(Event("", "told"))
+            publish(bus, name, data)
+
+        Bus.publish = instead  # type: ignore[method-assign]
+
+    def _record(self, event: Event) -> None:
+        if self._trace is not None:
+            pickle.dump(event, self._trace)
+            self._trace.flush()
 
     def _die(self, event: Event) -> None:
         if self._orders.torn:

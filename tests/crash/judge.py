@@ -14,13 +14,18 @@ from tests.crash.scenarios import Prepared, run
 from tests.crash.server import Server
 
 
-def judge(prepared: Prepared, images: Images) -> None:
-    """Consistent structures, unchanged views, images that can be written. Raises DamageError."""
+def judge(prepared: Prepared, images: Images, *, told: bool = False) -> None:
+    """Consistent structures, unchanged views, images that can be written. Raises DamageError.
+
+    ``told``: clients know the job as complete, so they may drop what was committed.
+    """
     for name, raw in images.items():
         if raw is not prepared.images[name] and name.endswith(".qcow2"):
             _judge_structure(name, raw)
     try:
         _judge_views(prepared, images)
+        if told:
+            judge_end(prepared, images)
     except (QmpdError, UnicodeDecodeError) as error:
         raise DamageError(f"not readable: {error!r}") from error
 
@@ -73,10 +78,15 @@ def judge_with_commit(server: Server, prepared: Prepared, directory: Path) -> No
     scenario = prepared.scenario
     commit(server, scenario, directory)
     images = {name: (directory / name).read_bytes() for name in scenario.files}
-    judge(prepared, images)
+    judge(prepared, images, told=True)
     judge_with_tools(prepared, directory)
-    for name in scenario.overlays:
+
+
+def judge_end(prepared: Prepared, images: Images) -> None:
+    """Nobody needs the committed images any more. Raises DamageError."""
+    scenario = prepared.scenario
+    for name in scenario.users:
         if backing_name(images[name]) != scenario.base_file:
             raise DamageError(f"{name} is still on {backing_name(images[name])}")
     if not view(images, scenario.base_file).startswith(prepared.committed):
-        raise DamageError("base does not show what mid showed")
+        raise DamageError("base does not show what was committed")

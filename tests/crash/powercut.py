@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 from tests.crash.contents import Images
 from tests.crash.instrument import SECTOR, Event
@@ -25,6 +26,14 @@ def load(path: Path) -> list[Event]:
             event: Event = pickle.load(file)
             events.append(event._replace(name=Path(event.name).name))
     return events
+
+
+class State(NamedTuple):
+    """What a power cut left: words to find it again by, the images, and whether the job was complete for clients."""
+
+    label: str
+    images: Images
+    told: bool
 
 
 @dataclass
@@ -86,15 +95,17 @@ def torn(event: Event, random: Random) -> list[Event]:
     return parts
 
 
-def states(before: Images, events: list[Event], seed: int, samples: int) -> Iterator[tuple[str, Images]]:
-    """Different states, each with words to find it again by: at every moment what was flushed, everything, and up to
+def states(before: Images, events: list[Event], seed: int, samples: int) -> Iterator[State]:
+    """Different states: at every moment what was flushed, everything, and up to
     ``samples`` mixtures."""
     random = Random(seed)
     disks = {name: Disk(content) for name, content in before.items()}
     seen: set[bytes] = set()
 
+    told = False
+
     def new(images: Images) -> bool:
-        digest = blake2b(digest_size=16)
+        digest = blake2b(b"told" if told else b"", digest_size=16)
         for content in images.values():
             digest.update(content)
         known = len(seen)
@@ -105,8 +116,10 @@ def states(before: Images, events: list[Event], seed: int, samples: int) -> Iter
         at = f"seed {seed}, before event {number}"
         for label, images in _mixtures(disks, random, samples):
             if new(images):
-                yield f"{at}, {label}", images
-        if event is not None:
+                yield State(f"{at}, {label}", images, told)
+        if event is not None and event.kind == "told":
+            told = True
+        elif event is not None:
             disks[event.name].see(event)
 
 

@@ -16,7 +16,7 @@ SECTOR: Final = 512
 
 @dataclass(frozen=True)
 class Scenario:
-    """Images base <- mid <- top (and side), of which mid is committed into base.
+    """Images base <- mid <- top (and side), of which mid is committed into base, or, if ``active``, mid and top.
 
     ``base``, ``mid``: options of qemu-img create. ``size``: of base, mid, top. ``in_base`` and so on: requests of
     qemu-io. ``more``: command lines carried out at last.
@@ -35,6 +35,7 @@ class Scenario:
     snapshots: int = 0
     reflink: bool = False
     dirty: bool = False
+    active: bool = False
     more: tuple[str, ...] = field(default=())
 
     @property
@@ -50,6 +51,11 @@ class Scenario:
     @property
     def overlays(self) -> list[str]:
         return ["top.qcow2", "side.qcow2"] if self.side else ["top.qcow2"]
+
+    @property
+    def users(self) -> list[str]:
+        """The images that are on base in the end."""
+        return [] if self.active else self.overlays
 
     def __str__(self) -> str:
         return self.name
@@ -164,6 +170,15 @@ SCENARIOS: Final = (
         in_mid=("write -P 0x20 64k 64k", "write -P 0x21 448k 256k"),
         reflink=True,
     ),
+    Scenario(
+        "active layer",
+        size=("512k", "1M", "1M"),
+        base="cluster_size=4k",
+        in_base=("write -P 0x10 0 256k",),
+        in_mid=("write -P 0x20 100k 300k", "write -P 0x21 510k 80k"),
+        in_top=("write -P 0x70 130k 60k", "write -z 200k 40k", "write -P 0x71 700k 100k"),
+        active=True,
+    ),
 )
 
 
@@ -191,7 +206,7 @@ def prepare(scenario: Scenario, directory: Path) -> Prepared:
     kept = {}
     for name in snapshots(images[scenario.base_file]) if scenario.snapshots else ():
         kept[name] = _flat(directory, scenario.base_file, "-l", f"snapshot.name={name}")
-    return Prepared(scenario, images, views, kept, _flat(directory, "mid.qcow2"))
+    return Prepared(scenario, images, views, kept, _flat(directory, "top.qcow2" if scenario.active else "mid.qcow2"))
 
 
 def _flat(directory: Path, name: str, *options: str) -> bytes:

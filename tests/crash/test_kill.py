@@ -25,9 +25,9 @@ DIVISIBLE = ("write", "zero")
 
 def moments(recording: Recording) -> list[tuple[int, bool]]:
     """(number of the call, half way?) for all calls."""
-    found = [(i, False) for i in range(len(recording.events))]
+    found = [(i, False) for i in range(len(recording.calls))]
     return found + [
-        (i, True) for i, event in enumerate(recording.events) if event.kind in DIVISIBLE and event.length > 512
+        (i, True) for i, event in enumerate(recording.calls) if event.kind in DIVISIBLE and event.length > 512
     ]
 
 
@@ -43,7 +43,7 @@ def kill_at(server: Server, recording: Recording, moment: tuple[int, bool], dire
         judge_with_tools(recording.prepared, directory)
         judge_with_commit(server, recording.prepared, directory)
     except DamageError as damage:
-        event = recording.events[number]
+        event = recording.calls[number]
         where = f"{'half way through' if torn else 'before'} call {number} ({event.kind} of {event.name})"
         raise AssertionError(f"{scenario}, killed {where}: {damage}") from damage
     finally:
