@@ -396,3 +396,22 @@ async def test_a_handle_without_requests_moves_too(daemon: Served) -> None:
     assert handle.edge.node.name == "oa"
     with daemon.graph.edit() as edit:
         edit.detach(handle.edge)
+
+
+async def test_there_and_back(daemon: Served) -> None:
+    """The usual round: take a snapshot, write, commit the overlay back, delete it."""
+    user = Guest(daemon.rig, "a")
+    await sync(daemon, "a", "s")
+    user.device.write(0, b"\x44" * 65536)
+    await daemon.call("block-commit", job_id="j0", device="s")
+    await daemon.rig.until(lambda: daemon.ctx.jobs.query_jobs()[0]["status"] == "ready")
+    await daemon.call("job-complete", id="j0")
+    await daemon.rig.gone()
+    assert user.edge is not None
+    assert user.edge.node is daemon.graph.get("a")
+    user.device.write(65536, b"\x55" * 65536)
+    user.detach(daemon.rig)
+    await daemon.call("blockdev-del", node_name="s")
+    await daemon.rig.close()
+    check("a.qcow2")
+    reads("a.qcow2", "0x44 0 64k", "0x55 64k 64k", "0x11 128k 896k", "0 1M 3M")
