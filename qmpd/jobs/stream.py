@@ -95,12 +95,18 @@ class StreamJob(ChainJob):
         return driver
 
     def _attach(self, edit: Edit) -> None:
-        self._hold(edit, "main node", self._the_filter)
-        active = self._hold(edit, "active node", self._plan.device, shared=_USERS)
-        # A write that passes the filter by could lose to a copy of what was there before.
-        edit.admit_writers(active, [self._the_filter.children[CopyOnRead.slot]])
-        for node in self._plan.intermediates:
-            self._hold(edit, "intermediate node", node, shared=_READERS)
+        plan, above = self._plan, self._the_filter
+        self._hold(edit, "main node", above)
+        # The device itself, or from a filter down to the image that it shows.
+        is_filled = True
+        for node in (plan.device, *plan.intermediates):
+            name = "active node" if node is plan.device else "intermediate node"
+            held = self._hold(edit, name, node, shared=_USERS if is_filled else _READERS)
+            if is_filled and above.chain_edge is not None:
+                # A write that passes the filter by could lose to a copy of what was there before.
+                edit.admit_writers(held, [above.chain_edge])
+            is_filled = is_filled and node is not plan.image
+            above = node
         perm = Perm.CONSISTENT_READ
         self._edges.append(edit.attach(self._user, "root", self._the_filter, Role.NONE, perm=perm, shared=_USERS))
 

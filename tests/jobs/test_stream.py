@@ -273,6 +273,34 @@ async def test_relative_names_lead_from_the_image_to_base(rig: Rig) -> None:
     reads("c/top.qcow2", "0x22 0 64k", "0 64k 960k")
 
 
+@pytest.mark.usefixtures("chain")
+@pytest.mark.parametrize(("named", "link"), [("base", "base"), ("above-base", "above-base"), (None, None)])
+async def test_filters_in_the_chain(rig: Rig, named: str | None, link: str | None) -> None:
+    """The device may be a filter: the image below it is what is filled and relinked. The link leads to the node that
+    was named, be it a filter; the header names the image."""
+    await rig.add(
+        image("base"),
+        {"driver": "copy-on-read", "node-name": "above-base", "file": "base"},
+        image("mid", "above-base", read_only=True),
+        CHAIN[2],
+        {"driver": "copy-on-read", "node-name": "above-top", "file": "top"},
+    )
+    guest = Guest(rig, "above-top")
+    await stream(rig, "above-top", base_node=named)
+    await rig.gone()
+
+    assert "error" not in rig.told()
+    backing_node = rig.node("top").backing
+    assert (backing_node.name if backing_node else None) == link
+    assert guest.edge is not None
+    assert guest.edge.node.name == "above-top"
+    guest.detach(rig)
+    await rig.close()
+    assert backing("top.qcow2")[0] == ("base.qcow2" if named else None)
+    with hidden(["mid"] if named else ["mid", "base"]):
+        reads("top.qcow2", *VIEW)
+
+
 @pytest.mark.parametrize("version", ["1.1", "0.10"])
 async def test_what_a_short_image_hides_stays_hidden(rig: Rig, version: str) -> None:
     """Its end lies inside a cluster of the device. Zeros are made to stay although nothing but zeros is below, yet."""
