@@ -19,7 +19,7 @@ Units: every offset and length is in bytes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntFlag
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from qmpd.block.extents import Runs
+    from qmpd.block.findings import CheckResult
     from qmpd.block.storage.file import FileStorage
 
     Offsets = npt.NDArray[np.int64]
@@ -288,6 +289,15 @@ class Driver(ABC):
 
         Raises with nothing changed.
         """
+
+    # -- formats with metadata of their own --------------------------------------------------------------------------
+
+    def check(self, *, fix_leaks: bool, pulse: Callable[[], None]) -> CheckResult:
+        """Is the image consistent? With ``fix_leaks``, space that nobody refers to is given back.
+
+        Worker thread; nobody may write to the node meanwhile. ``pulse`` is called often and may raise to end it.
+        """
+        raise QmpdError("This image format does not support checks", Kind.UNSUPPORTED)
 
     # -- formats with a backing file ---------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import numpy as np
 from qmpd.block.debug import Event
 from qmpd.block.drivers.qcow2.cache import Table
 from qmpd.block.drivers.qcow2.header import MAX_REFCOUNT_TABLE
-from qmpd.block.drivers.qcow2.tables import I64, MAX_HOST
+from qmpd.block.drivers.qcow2.tables import I64, MAX_HOST, U64
 from qmpd.errors import Kind, QmpdError, strerror
 from qmpd.units import ceil_div
 
@@ -285,6 +285,14 @@ class Allocator:
         if len(gone):
             self._cursor = min(self._cursor, int(gone[0]))
         return gone
+
+    def lower(self, clusters: I64, counts: U64) -> None:
+        """Give up references that nobody holds: ``counts`` are those that ascending ``clusters`` should have."""
+        self._refcounts.lower_to(clusters, counts)
+        gone = clusters[counts == 0]
+        if len(gone):
+            self._cursor = min(self._cursor, int(gone[0]))
+            self._pass_discard(gone)
 
     def _pass_discard(self, clusters: I64) -> None:
         size = self._image.geometry.cluster_size

@@ -5,12 +5,13 @@ Threads: I/O from any worker, several at a time. ``attach`` and ``reopen_*`` on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Final, Self
 
 from qmpd.block.api import BackingReference, BlockDevice, Buffer, Driver, ImageInfo
 from qmpd.block.drivers.qcow2 import header as hdr
+from qmpd.block.drivers.qcow2.check import check
 from qmpd.block.drivers.qcow2.clusters import Clusters
 from qmpd.block.drivers.qcow2.empty import make_empty
 from qmpd.block.drivers.qcow2.image import L2_CACHE, REFCOUNT_CACHE, Image
@@ -20,6 +21,7 @@ from qmpd.block.drivers.qcow2.tables import I64
 from qmpd.block.drivers.qcow2.writing import Writer
 from qmpd.block.drivers.qcow2.zeroing import Eraser
 from qmpd.block.extents import Runs
+from qmpd.block.findings import CheckResult
 from qmpd.errors import Kind, QmpdError
 
 _DISCARD_OPTION: Final = "pass-discard-request"
@@ -210,6 +212,18 @@ class Qcow2(Driver):
         fresh = self.open(children, self._options, read_only=self.read_only)
         for part in _PARTS:
             setattr(self, part, getattr(fresh, part))
+
+    def check(self, *, fix_leaks: bool, pulse: Callable[[], None]) -> CheckResult:
+        """See :func:`qmpd.block.drivers.qcow2.check.check`. Read-write, what is cached is written first."""
+        image = self._image
+        if fix_leaks:
+            if self.read_only:
+                raise QmpdError("Block node is read-only", Kind.PERMISSION)
+            image.check_alive()
+            with image.lock:
+                self._writer.prepare()
+        self.flush()
+        return check(image, fix_leaks=fix_leaks, pulse=pulse)
 
     def make_empty(self) -> None:
         """See :meth:`Driver.make_empty`; :mod:`qmpd.block.drivers.qcow2.empty` tells what a crash may leave."""

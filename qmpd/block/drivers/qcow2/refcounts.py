@@ -111,6 +111,15 @@ class Refcounts:
             block.data[positions] = new.astype(block.data.dtype)
             self._image.meta.refcount_blocks.touch(block, int(positions[0]), int(positions[-1]) + 1)
 
+    def lower_to(self, clusters: I64, counts: U64) -> None:
+        """Store lower counts for ascending ``clusters`` that have blocks."""
+        for index, mask in self._by_block(clusters):
+            block = self.block(index)
+            assert block is not None
+            positions = clusters[mask] - index * self.per_block
+            block.data[positions] = counts[mask].astype(block.data.dtype)
+            self._image.meta.refcount_blocks.touch(block, int(positions[0]), int(positions[-1]) + 1)
+
     def _by_block(self, clusters: I64) -> list[tuple[int, slice | npt.NDArray[np.bool_]]]:
         if not len(clusters):
             return []

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qmpd.block.drivers.qcow2 import header as hdr
-from qmpd.block.drivers.qcow2.cache import L2Codec, read_padded
-from qmpd.block.drivers.qcow2.tables import COMPRESSED, I64, OFFSET_MASK, U64
+from qmpd.block.drivers.qcow2.cache import Array
+from qmpd.block.drivers.qcow2.references import References
+from qmpd.block.findings import Report
 from qmpd.errors import Kind, QmpdError
 from qmpd.units import ceil_div
 
@@ -28,89 +29,24 @@ _log = logging.getLogger(__name__)
 def rebuild_refcounts(image: Image) -> None:
     """Count all references, store them, clear the dirty bit. Lock held; nothing cached is dirty.
 
-    Raises CORRUPT, with nothing changed, for references that lie outside the file or are too many to store.
+    Raises CORRUPT, with nothing changed, for a mapping that makes no sense or holds more references than can be stored.
     """
     _log.warning("qcow2: image was not closed cleanly, rebuilding refcount structure")
-    counts = ReferenceCounter(image).count()
-    if len(counts) and int(counts.max()) > image.refcounts.maximum:
-        raise _hopeless(f"a cluster has {int(counts.max())} references")
-    _store(image, counts)
+    report = Report()
+    references = References(image, report, pulse=lambda: None)
+    references.count()
+    if not report.sound:
+        first = report.findings[0]
+        raise _hopeless(f"{first.field} at {first.offset:#x} is {first.value:#x}: {first.text}")
+    _store(image, references.counts)
     image.header = replace(image.header, incompatible=image.header.incompatible & ~hdr.DIRTY)
     image.write_header_field(72, struct.pack(">Q", image.header.incompatible))
 
 
-class ReferenceCounter:
-    """Counts how often each host cluster is referred to, refcount structures left out."""
-
-    def __init__(self, image: Image) -> None:
-        self._image = image
-        self._size = image.geometry.cluster_size
-        self._counts = np.zeros(image.file_end // self._size, np.int64)
-
-    def count(self) -> I64:
-        """One number per cluster of the file."""
-        image, header = self._image, self._image.header
-        self._add_range(0, self._size)
-        self._add_range(header.l1_offset, header.l1_size * 8)
-        self._add_tree(image.meta.l1.entries)
-        self._add_range(header.snapshots_offset, sum(snapshot.entry_size for snapshot in image.snapshots))
-        for snapshot in image.snapshots:
-            if snapshot.l1_size > hdr.MAX_L1_ENTRIES:
-                raise _hopeless(f"snapshot '{snapshot.name}' has an L1 table of {snapshot.l1_size} entries")
-            self._add_range(snapshot.l1_offset, snapshot.l1_size * 8)
-            self._add_tree(self._words(snapshot.l1_offset, snapshot.l1_size))
-        self._add_bitmaps()
-        return self._counts
-
-    def _words(self, offset: int, count: int) -> U64:
-        return np.frombuffer(read_padded(self._image.file, offset, count * 8), ">u8").astype(np.uint64)
-
-    def _add_range(self, offset: int, length: int) -> None:
-        if length:
-            self._add(np.arange(offset // self._size, ceil_div(offset + length, self._size), dtype=np.int64))
-
-    def _add(self, clusters: I64) -> None:
-        if len(clusters) and int(clusters.max()) >= len(self._counts):
-            raise _hopeless(f"a reference to {int(clusters.max()) * self._size:#x}, behind the end of the file")
-        np.add.at(self._counts, clusters, 1)
-
-    def _offsets(self, entries: U64) -> I64:
-        offsets = (entries & np.uint64(OFFSET_MASK)).astype(np.int64)
-        used: I64 = offsets[offsets != 0]
-        if (used % self._size).any():
-            raise _hopeless("an unaligned reference")
-        return used
-
-    def _add_tree(self, l1: U64) -> None:
-        """L2 tables of an L1 table and what they map."""
-        codec = L2Codec(self._image.geometry.words)
-        for offset in self._offsets(l1).tolist():
-            self._add_range(offset, self._size)
-            entries = codec.decode(read_padded(self._image.file, offset, self._size))[:, 0]
-            compressed = (entries & np.uint64(COMPRESSED)) != 0
-            self._add(self._offsets(entries[~compressed]) // self._size)
-            for entry in entries[compressed].tolist():
-                host, length = self._image.geometry.compressed_span(entry)
-                # The last sectors may be announced, but not stored.
-                self._add_range(host, max(1, min(length, len(self._counts) * self._size - host)))
-
-    def _add_bitmaps(self) -> None:
-        image = self._image
-        directory = image.header.extension(hdr.EXT_BITMAPS)
-        if directory is None or not image.header.autoclear & hdr.BITMAPS:
-            return
-        _, _, length, offset = struct.unpack(">IIQQ", directory)
-        self._add_range(offset, length)
-        for bitmap in image.bitmaps:
-            self._add_range(bitmap.table_offset, bitmap.table_entries * 8)
-            self._add(self._offsets(self._words(bitmap.table_offset, bitmap.table_entries)) // self._size)
-
-
-def _store(image: Image, counts: I64) -> None:
+def _store(image: Image, counts: Array) -> None:
     """Write ``counts`` as a new refcount structure behind the last cluster in use."""
     size, per_block = image.geometry.cluster_size, image.refcounts.per_block
-    used = np.flatnonzero(counts)
-    first = int(used[-1]) + 1 if len(used) else 1
+    first = _first_free(image, counts)
     blocks, clusters = 1, 1
     while True:
         needed = ceil_div(first + clusters + blocks, per_block), ceil_div(blocks * 8, size)
@@ -119,11 +55,10 @@ def _store(image: Image, counts: I64) -> None:
         blocks, clusters = needed
     if clusters * size > hdr.MAX_REFCOUNT_TABLE:
         raise _hopeless("the refcount table would be too large")
-    full = np.zeros(blocks * per_block, np.int64)
-    full[:first] = counts[:first]
-    full[first : first + clusters + blocks] = 1
+    native = image.refcounts.codec.empty(blocks * per_block)
+    native[: len(counts[:first])] = counts[:first]
+    native[first : first + clusters + blocks] = 1
     codec, start = image.refcounts.codec, (first + clusters) * size
-    native = full.astype(codec.empty(0).dtype)
     for index in range(blocks):
         part = native[index * per_block : (index + 1) * per_block]
         image.file.write(start + index * size, codec.encode(part))
@@ -138,6 +73,20 @@ def _store(image: Image, counts: I64) -> None:
     image.overlap.blocks = set(range(first + clusters, first + clusters + blocks))
     image.note_areas()
     image.alloc.virgin = max(image.alloc.virgin, first + clusters + blocks)
+
+
+def _first_free(image: Image, counts: Array) -> int:
+    """The first cluster behind all that is in use, and behind the old refcount table.
+
+    As long as the header names that table, it must look like one, or nobody would open the image for another attempt.
+    A device that cannot grow may have no room for such care.
+    """
+    used = np.flatnonzero(counts)
+    first = int(used[-1]) + 1 if len(used) else 1
+    if not getattr(image.file, "growable", False):
+        return first
+    header = image.header
+    return max(first, header.refcount_table_offset // header.cluster_size + header.refcount_table_clusters)
 
 
 def _hopeless(why: str) -> QmpdError:

@@ -30,6 +30,7 @@ class Snapshot:
     vm_state_size: int
     icount: int | None
     entry_size: int
+    extra_size: int
 
     def info(self) -> dict[str, Any]:
         """As queries report it (QEMU's SnapshotInfo)."""
@@ -83,4 +84,5 @@ def _load(file: BlockDevice, offset: int, index: int) -> Snapshot:
         state,
         icount if icount != (1 << 64) - 1 else None,
         size + -size % 8,
+        extra_size,
     )

@@ -99,6 +99,13 @@ class Geometry:
         sectors = ((entry & (COMPRESSED - 1)) >> shift) + 1
         return host, sectors * 512 - host % 512
 
+    def compressed_spans(self, entries: U64) -> tuple[I64, I64]:
+        """:meth:`compressed_span` of many entries."""
+        shift = 62 - (self.cluster_bits - 8)
+        host = (entries & np.uint64((1 << shift) - 1)).astype(np.int64)
+        sectors = ((entries & np.uint64(COMPRESSED - 1)) >> np.uint64(shift)).astype(np.int64) + 1
+        return host, sectors * 512 - host % 512
+
 
 def bad_entries(geometry: Geometry, entries: U64, *, version: int) -> tuple[int, str] | None:
     """The first entry of ``entries`` (n, words) that cannot be followed, with a word for why; or None.
