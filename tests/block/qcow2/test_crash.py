@@ -175,3 +175,34 @@ def test_an_image_whose_header_could_not_be_written_takes_no_more_writes() -> No
     with pytest.raises(QmpdError, match="takes no more writes"):
         image.write(0, b"x")
     assert read(image, 0, 512) == bytes(512)
+
+
+def unclean(tail: int) -> bytes:
+    """An image with its dirty bit set, whose last cluster in use lies ``tail`` clusters before the refcount table."""
+    size = 12 << 20
+    file = MemoryFile()
+    create(file, CreateOptions(size, cluster_size=512))
+    image = Qcow2.open({"file": file}, {}, read_only=False)
+    image.write(0, b"\7" * (8600 << 10))
+    image.flush()
+    table = int.from_bytes(file.content[48:56], "big")
+    keep = min(run.offset + table - tail * 512 - run.host for run in image.map(0, size) if 0 <= run.host < table)
+    image.discard(keep, size - keep)
+    image.close()
+    file.content[79] |= 1
+    return bytes(file.content)
+
+
+def test_a_repair_that_is_cut_short_can_be_repeated() -> None:
+    """Rebuilding the refcounts never writes over the old refcount table, without which nobody would open the image."""
+    raw = unclean(40)
+    file = Doomed(raw)
+    Qcow2.open({"file": file}, {}, read_only=False).close()
+    before = read(Qcow2.open({"file": MemoryFile(raw)}, {}, read_only=True), 0, 1 << 20)
+    for moment in range(1, file.moments, 6):
+        doomed = Doomed(raw)
+        doomed.end = moment
+        with pytest.raises(PowerCutError):
+            Qcow2.open({"file": doomed}, {}, read_only=False)
+        again = Qcow2.open({"file": MemoryFile(bytes(doomed.content))}, {}, read_only=False)
+        assert read(again, 0, 1 << 20) == before
