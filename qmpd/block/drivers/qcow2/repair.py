@@ -81,19 +81,6 @@ def _first_free(image: Image, counts: Array) -> int:
     As long as the header names that table, it must look like one, or nobody would open the image for another attempt.
     A device that cannot grow may have no room for such care.
     """
-    first = _first_free(image, counts)
-    if not getattr(image.file, "growable", False):
-        return first
-    header = image.header
-    return max(first, header.refcount_table_offset // header.cluster_size + header.refcount_table_clusters)
-
-
-def _first_free(image: Image, counts: Array) -> int:
-    """The first cluster behind all that is in use, and behind the old refcount table.
-
-    As long as the header names that table, it must look like one, or nobody would open the image for another attempt.
-    A device that cannot grow may have no room for such care.
-    """
     used = np.flatnonzero(counts)
     first = int(used[-1]) + 1 if len(used) else 1
     if not getattr(image.file, "growable", False):
