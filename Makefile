@@ -10,7 +10,7 @@ BIN    := .venv/bin
 SHELL  := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long bench bench-quick lint format types check-generated schema docs peers clean
+.PHONY: help demo test test-long test-crash bench bench-quick lint format types check-generated schema docs peers clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
@@ -22,7 +22,10 @@ test: lint types check-generated peers  ## everything that must hold before a ch
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "not long and not bench" $(PYTEST)
 
 test-long: .venv/.dev peers  ## the long forms of the randomised tests
-	$(BIN)/python -m pytest -q -n $(JOBS) -m long --timeout 1800 $(PYTEST)
+	$(BIN)/python -m pytest -q -n $(JOBS) -m long --timeout 1800 --ignore tests/crash $(PYTEST)
+
+test-crash: .venv/.dev peers  ## kill and cut the power of commits, everywhere; CRASH_SEED=2 for other random choices
+	$(BIN)/python -m pytest -q -n $(JOBS) -m long --timeout 3600 $(PYTEST) tests/crash
 
 bench: .venv/.dev peers  ## measure against qemu-storage-daemon, as ratios
 	$(BIN)/python -m tests.bench $(BENCH)
