@@ -19,6 +19,7 @@ from qmpd.commands import (
     blockdev_unstable,
     commit_offline,
     core,
+    image_check,
     jobs,
     objects,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "blockdev_unstable",
     "commit_offline",
     "core",
+    "image_check",
     "jobs",
     "objects",
 ]

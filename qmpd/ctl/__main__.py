@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return trio.run(partial(_run, args))
     except ClientError as error:
         print(f"qmpctl: {error}", file=sys.stderr)
-        return next(status for kind, status in _EXIT_OF_ERROR if isinstance(error, kind))
+        # A subcommand whose exit statuses mean something else has one for all failures.
+        default = next(status for kind, status in _EXIT_OF_ERROR if isinstance(error, kind))
+        return int(getattr(args, "failure", default))
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except BrokenPipeError:
@@ -42,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return Exit.FAILED
 
 
-async def _run(args: argparse.Namespace) -> Exit:
+async def _run(args: argparse.Namespace) -> int:
     async with connect(args.socket) as client:
-        status: Exit = await args.run(Session(args, client, sys.stdout, sys.stderr))
+        status: int = await args.run(Session(args, client, sys.stdout, sys.stderr))
         return status
 
 

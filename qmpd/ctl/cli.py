@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from qmpd import __version__
 from qmpd.ctl import commands, text
+from qmpd.ctl.check import Verdict, run_check
 from qmpd.ctl.commit import run_commit, run_commit_offline
 from qmpd.ctl.watch import run_watch
 
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     _queries(table.add_parser)
     _commit(table.add_parser)
     _commit_offline(table.add_parser)
+    _check(table.add_parser)
     _jobs(table.add_parser)
     _raw(table.add_parser)
     return root
@@ -110,6 +112,19 @@ def _commit_offline(add: Add) -> None:
     _job_options(commit)
     option("--manual-finalize", action="store_true", help="wait for 'qmpctl finalize' before the image is emptied")
     _start_options(commit)
+
+
+def _check(add: Add) -> None:
+    check = add(
+        "check",
+        help="is an image consistent?",
+        description="Check an image that nobody writes to, as qemu-img check does. Needs qmpd as the daemon.",
+        epilog="exit status: 0 clean, 1 could not be checked, 2 corrupt (or wrong usage), 3 leaks only",
+    )
+    check.set_defaults(run=run_check, failure=Verdict.FAILED)
+    check.add_argument("node", metavar="NODE", help="node name of the image")
+    check.add_argument("-r", "--repair", choices=["leaks"], help="give leaked clusters back; NODE must be writable")
+    _json(check)
 
 
 def _job_options(commit: argparse.ArgumentParser) -> None:
