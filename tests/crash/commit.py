@@ -21,10 +21,12 @@ def commit(server: Server, scenario: Scenario, directory: Path, orders: Orders =
         with child.client() as client:
             _add_nodes(client, scenario, directory)
             users = [name for name in scenario.overlays if _below(directory, name) == "mid.qcow2"]
-            if scenario.active:
-                _run_job(client, {"device": "top.qcow2", "base-node": "base"}, active=True)
+            if scenario.offline:
+                _run_job(client, "x-qmpd-commit-offline", {"device": "mid.qcow2"})
+            elif scenario.active:
+                _run_job(client, "block-commit", {"device": "top.qcow2", "base-node": "base"}, active=True)
             elif users:
-                _run_job(client, {"device": users[0], "top-node": "mid.qcow2", "base-node": "base"})
+                _run_job(client, "block-commit", {"device": users[0], "top-node": "mid.qcow2", "base-node": "base"})
             client.execute("quit")
     except (EOFError, OSError):
         assert orders.kill is not None, (directory / "errors").read_text()
@@ -37,8 +39,8 @@ def commit(server: Server, scenario: Scenario, directory: Path, orders: Orders =
     return status == 0
 
 
-def _run_job(client: Client, names: dict[str, str], *, active: bool = False) -> None:
-    client.execute_with("block-commit", {"job-id": "j0", **names})
+def _run_job(client: Client, command: str, names: dict[str, str], *, active: bool = False) -> None:
+    client.execute_with(command, {"job-id": "j0", **names})
     if active:
         client.wait_event(lambda event: event["event"] == "BLOCK_JOB_READY")
         client.execute("block-job-complete", device="j0")
@@ -50,6 +52,8 @@ def _run_job(client: Client, names: dict[str, str], *, active: bool = False) -> 
 def _add_nodes(client: Client, scenario: Scenario, directory: Path) -> None:
     """Read-only below, the overlays as their headers say; only the first one is writable."""
     for name in scenario.files:
+        if scenario.offline and name in scenario.overlays:
+            continue
         node = "base" if name == scenario.base_file else name
         file = {"driver": "file", "filename": name}
         arguments: dict[str, Any] = {"driver": name.rsplit(".", 1)[1], "node-name": node, "file": file}

@@ -62,11 +62,11 @@ class Instrument:
 
     def install(self) -> None:
         """Take the places of the real calls."""
-        os.pwrite = self._around(os.pwrite, lambda fd, data, offset: self._write(fd, offset, data))  # type: ignore[assignment]
-        os.ftruncate = self._around(os.ftruncate, lambda fd, length: Event(_name(fd), "truncate", length))  # type: ignore[assignment]
-        os.copy_file_range = self._around(os.copy_file_range, self._copied)  # type: ignore[assignment]
+        os.pwrite = self._around(os.pwrite, lambda fd, data, offset: self._write(fd, offset, data))
+        os.ftruncate = self._around(os.ftruncate, lambda fd, length: Event(_name(fd), "truncate", length))
+        os.copy_file_range = self._around(os.copy_file_range, self._copied)
         # A process that is killed leaves the page cache behind, so nothing has to be synced really.
-        os.fdatasync = self._around(lambda fd: None, lambda fd: Event(_name(fd), "flush"))  # type: ignore[assignment]
+        os.fdatasync = self._around(lambda fd: None, lambda fd: Event(_name(fd), "flush"))
         posix.fallocate = self._around(posix.fallocate, self._allocated)
         posix.clone_range = self._around(self._share, self._cloned)
         self._listen()
@@ -91,13 +91,13 @@ class Instrument:
     def _listen(self) -> None:
         publish = Bus.publish
 
-        def instead(bus: Bus, name: str, data: dict[str, Any]) -> None:
+        def instead(bus: Bus, name: str, data: dict[str, Any] | None) -> None:
             if name == "BLOCK_JOB_COMPLETED":
                 with self._lock:
                     self._record(Event("", "told"))
             publish(bus, name, data)
 
-        Bus.publish = instead  # type: ignore[method-assign]
+        Bus.publish = instead  # type: ignore[method-assign, assignment]
 
     def _record(self, event: Event) -> None:
         if self._trace is not None:

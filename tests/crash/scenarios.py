@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from qmpd.block.api import BackingReference
+from tests.block.qcow2.support import opened
 from tests.crash.contents import Images, snapshots, view
 
 SECTOR: Final = 512
@@ -16,10 +17,13 @@ SECTOR: Final = 512
 
 @dataclass(frozen=True)
 class Scenario:
-    """Images base <- mid <- top (and side), of which mid is committed into base, or, if ``active``, mid and top.
+    """Images base <- mid <- top, of which mid is committed into base.
 
-    ``base``, ``mid``: options of qemu-img create. ``size``: of base, mid, top. ``in_base`` and so on: requests of
-    qemu-io. ``more``: command lines carried out at last.
+    ``base``, ``mid``: options of qemu-img create. ``size``: of base, mid, top. ``in_base`` and so on: requests of qemu-io.
+    ``bottom``: base has a backing image too. ``side``: the size of a second overlay of mid. ``snapshots``: so many in
+    base. ``reflink``: the file system can share blocks. ``dirty``: base was left unclean. ``no_format``: no header names
+    its backing image's format. ``active``: top is committed as well. ``offline``: mid is emptied afterwards, by a daemon
+    that has only these two.
     """
 
     name: str
@@ -36,7 +40,8 @@ class Scenario:
     reflink: bool = False
     dirty: bool = False
     active: bool = False
-    more: tuple[str, ...] = field(default=())
+    offline: bool = False
+    no_format: bool = False
 
     @property
     def files(self) -> list[str]:
@@ -55,7 +60,7 @@ class Scenario:
     @property
     def users(self) -> list[str]:
         """The images that are on base in the end."""
-        return [] if self.active else self.overlays
+        return [] if self.active or self.offline else self.overlays
 
     def __str__(self) -> str:
         return self.name
@@ -162,7 +167,7 @@ SCENARIOS: Final = (
         in_base=("write -P 0x10 0 256k",),
         in_mid=("write -P 0x20 128k 256k",),
         side="1M",
-        more=("drop-format mid.qcow2", "drop-format top.qcow2", "drop-format side.qcow2"),
+        no_format=True,
     ),
     Scenario(
         "shared blocks",
@@ -178,6 +183,20 @@ SCENARIOS: Final = (
         in_mid=("write -P 0x20 100k 300k", "write -P 0x21 510k 80k"),
         in_top=("write -P 0x70 130k 60k", "write -z 200k 40k", "write -P 0x71 700k 100k"),
         active=True,
+    ),
+    Scenario(
+        "offline, emptied in one go",
+        mid="cluster_size=4k",
+        in_base=("write -P 0x10 0 256k",),
+        in_mid=("write -P 0x20 100k 300k", "write -z 600k 40k", "write -P 0x21 900k 3k"),
+        offline=True,
+    ),
+    Scenario(
+        "offline, emptied cluster by cluster",
+        mid="compat=0.10,cluster_size=4k",
+        in_base=("write -P 0x10 0 256k",),
+        in_mid=("write -P 0x20 100k 300k", "write -P 0x21 900k 3k"),
+        offline=True,
     ),
 )
 
@@ -239,8 +258,9 @@ class _Builder:
             self._fill("side.qcow2", ("write -P 0x60 0 1k",))
         if s.dirty:
             soil(self._directory / s.base_file)
-        for line in s.more:
-            drop_format(self._directory / shlex.split(line)[1])
+        if s.no_format:
+            for name in ("mid.qcow2", *s.overlays):
+                drop_format(self._directory / name)
 
     def _create(self, name: str, size: str, options: str = "", below: str = "") -> None:
         kind = "raw" if name.endswith("raw") else "qcow2"
@@ -270,9 +290,6 @@ def soil(path: Path) -> None:
 
 def drop_format(path: Path) -> None:
     """Remove the backing format from the header, as old programs left it out."""
-    from qmpd.block.api import BackingReference
-    from tests.block.qcow2.support import opened
-
     with opened(path) as image:
         reference = image.backing_reference
         assert reference is not None
