@@ -19,11 +19,11 @@ SECTOR: Final = 512
 class Scenario:
     """Images base <- mid <- top, of which mid is committed into base.
 
-    ``base``, ``mid``: options of qemu-img create. ``size``: of base, mid, top. ``in_base`` and so on: requests of qemu-io.
-    ``bottom``: base has a backing image too. ``side``: the size of a second overlay of mid. ``snapshots``: so many in
-    base. ``reflink``: the file system can share blocks. ``dirty``: base was left unclean. ``no_format``: no header names
-    its backing image's format. ``active``: top is committed as well. ``offline``: mid is emptied afterwards, by a daemon
-    that has only these two.
+    ``base``, ``mid``: options of qemu-img create. ``size``: of base, mid, top. ``in_base`` and so on: requests of
+    qemu-io. ``bottom``: base has a backing image too. ``side``: the size of a second overlay of mid. ``snapshots``:
+    so many in base. ``reflink``: the file system can share blocks. ``dirty``: base was left unclean. ``no_format``:
+    no header names its backing image's format. ``active``: top is committed as well. ``offline``: mid is emptied
+    afterwards, by a daemon that has only these two.
     """
 
     name: str
