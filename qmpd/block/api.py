@@ -250,6 +250,11 @@ class Driver(ABC):
         """The path for protocol drivers, '' where a name follows from the children (the graph composes those)."""
         return ""
 
+    @property
+    def location(self) -> str:
+        """Where :attr:`filename` leads from any working directory."""
+        return self.filename
+
     # -- the graph's side: control thread ----------------------------------------------------------------------------
 
     def attach(self, name: str, child: BlockDevice | None) -> None:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qmpd.block.api import BackingReference
+from qmpd.block.api import BackingReference, Driver
 from qmpd.errors import QmpdError
 
 if TYPE_CHECKING:
@@ -173,10 +173,21 @@ def same_file(one: str, other: str) -> bool:
 
 def image_path(node: Node) -> str | None:
     """The path of the file that holds the node's header, None if it is not in a plain file."""
+    storage = _storage(node)
+    return storage.filename if storage else None
+
+
+def image_location(node: Node) -> str | None:
+    """:func:`image_path` as it was when the file was opened, for the working directory may have changed since."""
+    storage = _storage(node)
+    return storage.location if storage else None
+
+
+def _storage(node: Node) -> Driver | None:
     current: Node | None = node
     while current is not None:
         if current.driver_name in ("file", "host_device") and current.driver is not None:
-            return current.driver.filename
+            return current.driver
         edge = current.primary_edge
         current = edge.node if edge else None
     return None

@@ -52,21 +52,31 @@ class NewBacking:
 
 def backing_name(overlay: Node, base: Node) -> str:
     """A name that leads from the header of ``overlay`` to ``base``: base's own if that works, else made relative."""
-    return name_seen_from(filename.image_path(overlay), base.filename)
+    name = base.filename
+    if name != filename.image_path(base):
+        return name  # not the name of a plain file
+    return name_seen_from(filename.image_location(overlay), name, filename.image_location(base))
 
 
-def name_seen_from(image: str | None, name: str) -> str:
-    """The file name ``name``, which counts from the working directory, as the header of the file ``image`` needs it."""
-    if name.startswith("/") or filename.has_protocol(name):
+def name_seen_from(image: str | None, name: str, location: str | None = None) -> str:
+    """The file name ``name``, which counts from the working directory, as the header of the file ``image`` needs it.
+
+    With ``location`` the name is that of a plain file, which is there; it may look like ``protocol:something``.
+    """
+    if name.startswith("/") or (location is None and filename.has_protocol(name)):
         return name
-    target = os.path.realpath(name)
+    target = os.path.realpath(location or name)
     if image is None:
         return target
     relative = os.path.relpath(target, os.path.realpath(os.path.dirname(image)))
-    for candidate in (name, relative):
+    for candidate in (_no_protocol(name), _no_protocol(relative)):
         if os.path.realpath(filename.combine(image, candidate)) == target:
             return candidate
     return target
+
+
+def _no_protocol(path: str) -> str:
+    return f"./{path}" if filename.has_protocol(path) else path
 
 
 #: Nodes whose headers were rewritten, and what they said before.

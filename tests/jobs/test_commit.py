@@ -5,6 +5,8 @@ The judge is the peer's tool set; the expected graphs are those recorded from th
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from qmpd.block.api import Perm
@@ -354,6 +356,35 @@ async def test_a_given_backing_file_is_stored_verbatim(
     assert rig.node("top").backing is rig.node("base")
     await rig.close()
     assert backing("top.qcow2") == stored
+
+
+@pytest.mark.usefixtures("chain")
+async def test_the_working_directory_may_change(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does when daemonizing: relative names count from where the daemon was when it opened them."""
+    top = image("top", "mid") | {"file": {"driver": "file", "filename": str(Path("top.qcow2").absolute())}}
+    await rig.add(*CHAIN[:2], top)
+    directory = Path.cwd()
+    monkeypatch.chdir("/")
+    await rig.commit()
+    await rig.gone()
+    await rig.close()
+    monkeypatch.chdir(directory)
+
+    assert backing("top.qcow2") == ("base.qcow2", "qcow2")
+
+
+async def test_a_name_that_looks_like_a_protocol(rig: Rig) -> None:
+    """In a header it would be one; what is written leads to the file."""
+    shell("qemu-img create -q -f qcow2 ./ba:se.qcow2 4M")
+    shell("qemu-img create -q -f qcow2 -b ./ba:se.qcow2 -F qcow2 mid.qcow2")
+    shell("qemu-img create -q -f qcow2 -b mid.qcow2 -F qcow2 top.qcow2")
+    base = {"driver": "qcow2", "node-name": "base", "read-only": True}
+    await rig.add(base | {"file": {"driver": "file", "filename": "ba:se.qcow2"}}, *CHAIN[1:])
+    await rig.commit()
+    await rig.gone()
+    await rig.close()
+
+    assert backing("top.qcow2") == ("./ba:se.qcow2", "qcow2")
 
 
 @pytest.mark.usefixtures("chain")

@@ -56,6 +56,7 @@ class FileStorage(Driver):
     def __init__(self, path: str, options: Mapping[str, Any], *, read_only: bool) -> None:
         """Opens the file; use :meth:`open`."""
         self.path = path
+        self._location = os.path.abspath(path)
         self.read_only = read_only
         self._options: Mapping[str, Any] = dict(options)
         self._next_options: Mapping[str, Any] | None = None
@@ -95,6 +96,10 @@ class FileStorage(Driver):
     @property
     def filename(self) -> str:
         return self.path
+
+    @property
+    def location(self) -> str:
+        return self._location
 
     @property
     def length(self) -> int:
