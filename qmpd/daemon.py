@@ -146,6 +146,8 @@ class StartUp:
             case options.Trace(pattern=pattern):
                 if meaning.names_one:
                     _warn(option, f"trace event '{pattern}' does not exist")
+            case options.StdioChardev() if self._line.daemonize:
+                raise QmpdError("cannot use stdio with -daemonize")
             case options.SocketChardev() | options.StdioChardev() | options.NullChardev():
                 await self.chardevs.add(_chardev(option, meaning))
 

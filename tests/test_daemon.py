@@ -323,6 +323,17 @@ def test_daemonize_reports_a_failure() -> None:
     assert fails("--daemonize", "--chardev", "socket,id=c,path=nope") == (
         "--chardev socket,id=c,path=nope: Failed to connect to 'nope': No such file or directory\n"
     )
+    assert fails("--daemonize", "--chardev", "stdio,id=c") == (
+        "--chardev stdio,id=c: cannot use stdio with -daemonize\n"
+    )
+
+
+def test_a_socket_without_a_name_is_no_file() -> None:
+    """The kernel chooses a name; at the end there is nothing to remove."""
+    with started("--chardev", "socket,id=n,path=,server=on,wait=off", "--chardev", SERVER, "--monitor", "c") as process:
+        with client() as one:
+            one.execute("quit")
+        assert process.wait(PATIENCE) == 0
 
 
 def test_help_prints_and_ends() -> None:

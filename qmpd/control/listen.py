@@ -115,10 +115,13 @@ class Listener:
     """A listening socket; the file of a UNIX socket it has bound goes away with it."""
 
     def __init__(self, sock: socket.socket, *, path: str | None = None) -> None:
-        """``path`` is the file to be removed, made absolute here since a daemon changes its directory."""
+        """``path`` is the file to be removed, made absolute here since a daemon changes its directory.
+
+        Without a name, the kernel has chosen one that is no file.
+        """
         sock.setblocking(False)
         self._sock = sock
-        self._path = os.path.abspath(path) if path is not None else None
+        self._path = os.path.abspath(path) if path else None
         self._identity = _identity(self._path)
 
     @property
