@@ -14,7 +14,8 @@ from typing import Final
 import trio
 
 from qmpd import commands, options
-from qmpd.commands import throttle_groups
+from qmpd.block.trust import Trust
+from qmpd.commands import blockdev_options, throttle_groups
 from qmpd.control import chardev
 from qmpd.control.bridge import JOBS, run_steps
 from qmpd.control.bus import Bus
@@ -62,6 +63,7 @@ class Core:
         graph_lock = trio.Lock()
         graph = Graph()
         objects = ObjectStore()
+        graph.parse_description = blockdev_options.parse_description
         graph.find_throttle_group = partial(throttle_groups.find, objects)
         self.jobs = JobManager(self.bus.publish, JOBS, graph, graph_lock)
         self.ctx = Context(graph, self.jobs, self.bus, objects, self.shutdown, graph_lock)
@@ -115,17 +117,19 @@ class StartUp:
 
     async def run(self) -> int | None:
         """Everything up to the pid file; None, or the status to exit with at once. What went wrong has been said."""
-        option = None
+        option, line = None, self._line
         try:
-            for option in self._line.options:
+            # Wherever they stand: no file is opened before it is known which may be.
+            self._core.ctx.graph.trust = Trust.make(line.allow_paths, image_names=line.trust_image_names)
+            for option in line.options:
                 meaning = options.interpret(option, partial(_warn, option))
                 if isinstance(meaning, options.Show):
                     print(meaning.text, end="", flush=True)
                     return meaning.status
                 await self._carry_out(option, meaning)
             option = None
-            if self._line.pidfile is not None:
-                self._pid_file = PidFile(self._line.pidfile)
+            if line.pidfile is not None:
+                self._pid_file = PidFile(line.pidfile)
         except QmpdError as error:
             _say(error.desc, option)
             return 1

@@ -399,3 +399,13 @@ def test_traces_are_taken_note_of(value: str, trace: Trace) -> None:
     assert meaning("trace", value) == trace
     assert trace.names_one == (trace.pattern == "x")
     assert mistake("trace", "foo=x") == "Invalid parameter 'foo'"
+
+
+def test_which_files_may_be_opened_is_known_before_the_options_are_carried_out() -> None:
+    """From anywhere on the command line; the peer's options can be shortened as if these did not exist."""
+    line = scan(["--tr", "x", "--allow-path", "a", "--blockdev=b", "--allow=c", "--trust-image-names=all"])
+    assert (line.allow_paths, line.trust_image_names) == (("a", "c"), True)
+    assert [option.name for option in line.options] == ["trace", "blockdev"]
+    assert not scan(["--trust-image-names", "none"]).trust_image_names
+    with pytest.raises(QmpdError, match="expects 'none' or 'all', not 'some'"):
+        scan(["--trust-image-names", "some"])

@@ -9,20 +9,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from qmpd.block.debug import Event, InjectError, IoType, SetState
+from qmpd.block.trust import OpenFile
 from qmpd.errors import QmpdError, from_oserror
 
 _GROUP: Final = re.compile(r'\[([^\s"\]]+)(?:\s+"[^"]*")?\]')
 _MEMBER: Final = re.compile(r'([A-Za-z0-9\-_]+)\s*=\s*"([^"]*)"')
 
 
-def load(path: str) -> tuple[list[InjectError], list[SetState]]:
+def load(path: str, open_file: OpenFile = os.open) -> tuple[list[InjectError], list[SetState]]:
     """The rules in a file. Worker thread. Raises QmpdError."""
     try:
-        text = Path(path).read_text("utf-8", "surrogateescape") if path else _missing()
+        text = _read(path, open_file) if path else _missing()
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise from_oserror(error, f"Could not read blkdebug config file: {reason}", path=path) from None
@@ -33,6 +33,12 @@ def load(path: str) -> tuple[list[InjectError], list[SetState]]:
         else:
             states.append(SetState.of({"new_state": 0} | _values(members, _SET_STATE)))
     return errors, states
+
+
+def _read(path: str, open_file: OpenFile) -> str:
+    fd = open_file(path, os.O_RDONLY | os.O_CLOEXEC, 0)
+    with open(fd, encoding="utf-8", errors="surrogateescape") as file:
+        return file.read()
 
 
 def _missing() -> str:

@@ -99,7 +99,7 @@ def _make_job(ctx: Context, args: BlockdevCreate) -> CreateJob:
     options = args.options
     if isinstance(options, BlockdevCreateOptionsFile):
         preallocation = options.preallocation or PreallocMode.OFF
-        return CreateFile(args.job_id, options.filename, options.size, preallocation.value)
+        return CreateFile(args.job_id, ctx.graph, options.filename, options.size, preallocation.value)
     assert isinstance(options, BlockdevCreateOptionsQcow2)
     file = to_child(options.file)
     assert file is not None

@@ -16,6 +16,8 @@ from qmpd.block.debug import IoType as BlkdebugIoType
 from qmpd.control.qapi import NULL, Alternate, Bool, Features, Int, NullType, QapiModel, Str, Uint64, wire_value
 from qmpd.errors import QmpdError
 from qmpd.graph.spec import NodeSpec
+from qmpd.wire.dialect import DialectError
+from qmpd.wire.stream import parse_only
 
 
 class BlockdevDriver(StrEnum):
@@ -241,6 +243,28 @@ def to_spec(options: BlockdevOptions) -> NodeSpec:
         children={name: to_child(value) for name, value in _own(options) if name in _CHILDREN},
         options={name: wire_value(value) for name, value in _own(options) if name not in _CHILDREN},
     )
+
+
+def parse_description(text: str) -> NodeSpec:
+    """The description in a ``json:`` file name. Raises QmpdError."""
+    try:
+        tree = parse_only(text.encode("utf-8", "surrogateescape"))
+    except DialectError as error:
+        raise QmpdError(f"Could not parse the JSON options: {error.desc}") from None
+    return to_spec(BlockdevOptions.parse(_nested(tree) if isinstance(tree, dict) else tree))
+
+
+def _nested(tree: dict[str, Any]) -> dict[str, Any]:
+    """Members such as ``file.filename``, as file names may have them, put into their objects."""
+    nested: dict[str, Any] = {}
+    for name, value in tree.items():
+        first, dot, rest = name.partition(".")
+        inner = nested.setdefault(first, {}) if dot else None
+        if isinstance(inner, dict):
+            inner[rest] = value
+        else:
+            nested[name] = value
+    return {name: _nested(value) if isinstance(value, dict) else value for name, value in nested.items()}
 
 
 def to_child(value: BlockdevOptions | str | NullType) -> NodeSpec | str | None:

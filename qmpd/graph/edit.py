@@ -21,6 +21,7 @@ from typing import Any
 
 from qmpd.block.api import BlockDevice, Perm, Role
 from qmpd.block.throttling import ThrottleGroup
+from qmpd.block.trust import Trust
 from qmpd.errors import Kind, QmpdError
 from qmpd.graph import permissions
 from qmpd.graph.node import ALLOWED_ON_BACKING, Backend, Edge, JobParent, Node, OpBlocker, Parent, topological
@@ -28,6 +29,10 @@ from qmpd.graph.spec import NodeSpec
 
 _NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
 _MAX_NODE_NAME = 31
+
+
+def _no_descriptions(text: str) -> NodeSpec:
+    raise QmpdError("Descriptions in file names are not supported", Kind.UNSUPPORTED)
 
 
 class Graph:
@@ -40,6 +45,10 @@ class Graph:
         self._generated = 0
         #: Looks up a throttle group by its id, on any thread. Set by whoever keeps the objects of clients.
         self.find_throttle_group: Callable[[str], ThrottleGroup | None] = lambda name: None
+        #: Which files may be opened. Set once, before any is.
+        self.trust = Trust()
+        #: The description that a ``json:`` name in an image stands for. Set by whoever knows the schema of clients.
+        self.parse_description: Callable[[str], NodeSpec] = _no_descriptions
 
     def assert_control_thread(self) -> None:
         """Changes from any other thread are a bug."""

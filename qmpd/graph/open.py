@@ -6,25 +6,29 @@ as it was.
 
 Children are attached, and their permissions (file locks included) taken, before a format driver reads its first byte.
 
-What an image header says is not trusted (spec/block-graph.md section 9). A backing file is opened from the header only
-if its name is a plain path (resolved against the image's directory), its format is given as raw or qcow2, it is a
-regular file that is not in the chain already, and the chain is not absurdly deep. Formats are never guessed: a guest
-chooses what the first bytes of its raw disk are. Naming ``backing`` in the description overrides all of this; the
-header is not looked at then. Data files are never opened from a header.
+What an image header says is not trusted (spec/block-graph.md section 9), unless the operator wants that. A backing
+file is opened from the header only if its name is a plain path (resolved against the image's directory), its format is
+given as raw or qcow2, the file is one that :mod:`qmpd.block.trust` lets images name and not in the chain already, and
+the chain is not absurdly deep. Formats are not guessed: a guest chooses what the first bytes of its raw disk are.
+Naming ``backing`` in the description overrides all of this; the header is not looked at then. Data files are never
+opened from a header.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
+from qmpd.block import trust
 from qmpd.block.api import BackingReference, BlockDevice, Driver, Role
 from qmpd.block.drivers import DRIVERS
+from qmpd.block.trust import Identity, OpenFile, Trust
 from qmpd.errors import Kind, QmpdError, from_oserror
 from qmpd.graph import bottom, filename
 from qmpd.graph.edit import Graph
@@ -38,41 +42,18 @@ _log = logging.getLogger(__name__)
 MAX_DEPTH: Final = 64
 """Levels of nodes that one description, or the headers below it, may stack."""
 
+_QCOW2_MAGIC: Final = b"QFI\xfb"
+
 _BACKING_FAILED = "Could not open backing file: "
 
 
-@dataclass(frozen=True, slots=True)
-class HeaderPolicy:
-    """Where backing files named in headers may be."""
-
-    #: Real paths of directories; None allows any place.
-    directories: tuple[str, ...] | None = None
-
-    def check(self, path: str) -> None:
-        """Raise unless ``path`` may be opened because a header says so. Worker thread."""
-        try:
-            mode = os.stat(path).st_mode
-        except OSError as error:
-            raise from_oserror(error, f"Could not open '{path}': {os.strerror(error.errno or 0)}", path=path) from None
-        if not stat.S_ISREG(mode):
-            raise QmpdError(f"'{path}' is named by an image header but is not a regular file", path=path)
-        if self.directories is not None and not _inside(os.path.realpath(path), self.directories):
-            raise QmpdError(f"'{path}' is named by an image header but is outside the directories allowed", path=path)
-
-
-def _inside(real: str, directories: Iterable[str]) -> bool:
-    return any(os.path.commonpath([real, directory]) == directory for directory in directories)
-
-
-def open_tree(
-    graph: Graph, spec: NodeSpec, *, monitor_owned: bool = False, policy: HeaderPolicy | None = None
-) -> Steps[Node]:
+def open_tree(graph: Graph, spec: NodeSpec, *, monitor_owned: bool = False) -> Steps[Node]:
     """Open ``spec`` with all its children.
 
     The result has no parents yet. Unless ``monitor_owned``, whoever gets it attaches it in the next edit or closes it.
     Raises QmpdError.
     """
-    opener = _Opener(graph, policy or HeaderPolicy())
+    opener = _Opener(graph)
     try:
         node = yield from opener.open(spec, _Place())
         node.monitor_owned = monitor_owned
@@ -128,20 +109,37 @@ class _Place:
 
     parent: Node | None = None
     backing: bool = False
-    from_header: bool = False
     depth: int = 0
-    #: (device, inode) of every file of the chain above.
-    above: frozenset[tuple[int, int]] = frozenset()
+    #: Names on the way here through headers: the topmost image's, then those found. Empty if the operator named this.
+    names: tuple[str, ...] = ()
+    #: Every file of the chain above.
+    above: frozenset[Identity] = frozenset()
 
     @property
     def parent_spec(self) -> NodeSpec | None:
         return self.parent.spec if self.parent else None
 
+    def below(self, parent: Node, *, backing: bool = False) -> _Place:
+        """The place of a child that is described where ``parent`` is."""
+        return replace(self, parent=parent, backing=backing, depth=self.depth + 1)
+
+    def opening(self, trusted: Trust) -> OpenFile:
+        """How a file here is opened."""
+        if not self.names:
+            return trusted.open
+
+        def open_file(path: str, flags: int, mode: int) -> int:
+            try:
+                return trusted.open_from_image(path, flags, self.above)
+            except QmpdError as error:
+                raise error.prefixed(_way(self.names)) from None
+
+        return open_file
+
 
 class _Opener:
-    def __init__(self, graph: Graph, policy: HeaderPolicy) -> None:
+    def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.policy = policy
         self.made: list[Node] = []
 
     def open(self, spec: NodeSpec, place: _Place) -> Steps[Node]:
@@ -156,10 +154,10 @@ class _Opener:
         children: dict[str, Node] = {}
         for slot, child in spec.children.items():
             if slot != "backing" and child is not None:
-                children[slot] = yield from self._child(child, _Place(node, depth=place.depth + 1))
+                children[slot] = yield from self._child(child, place.below(node))
         self._register(node, effective)
         self._attach(node, children)
-        yield from self._open_driver(node, driver_class)
+        yield from self._open_driver(node, driver_class, place)
         if driver_class.supports_backing:
             yield from self._open_backing(node, place)
         return node
@@ -184,13 +182,13 @@ class _Opener:
                 role = child_role(node.driver_name, slot, node.spec.options, data_file="data-file" in children)
                 edit.attach(node, slot, child, role)
 
-    def _open_driver(self, node: Node, driver_class: type[Driver]) -> Steps[None]:
+    def _open_driver(self, node: Node, driver_class: type[Driver], place: _Place) -> Steps[None]:
         children: dict[str, BlockDevice] = {name: edge.device for name, edge in node.children.items()}
         read_only = bool(node.spec.read_only) or not node.active
         node.driver = yield partial(
             driver_class.open,  # type: ignore[attr-defined]
             children,
-            driver_options(self.graph, node.spec),
+            driver_options(self.graph, node.spec) | {"open-file": place.opening(self.graph.trust)},
             read_only=read_only,
         )
         if takes_children(node.driver_name):
@@ -207,8 +205,7 @@ class _Opener:
             elif child is None or child == "":
                 return
             else:
-                below = _Place(node, backing=True, depth=place.depth + 1)
-                backing = yield from self._child(child, below)
+                backing = yield from self._child(child, place.below(node, backing=True))
         except QmpdError as error:
             raise error.prefixed(_BACKING_FAILED) from None
         if backing is None:
@@ -221,14 +218,30 @@ class _Opener:
         reference = node.opened.backing_reference
         if reference is None:
             return None
-        spec = backing_spec(node, reference)
-        path = str(_file_of(spec).options["filename"])
-        yield partial(self.policy.check, path)
+        names = (*(place.names or (filename.image_path(node) or node.name,)), reference.filename)
         above = place.above | (yield partial(_identities, node))
-        if (yield partial(_identity, path)) in above:
-            raise QmpdError(f"'{path}' is in this backing chain already", path=path)
-        below = _Place(node, backing=True, from_header=True, depth=place.depth + 1, above=above)
+        try:
+            if self.graph.trust.image_names:
+                spec = yield from self._trusted_spec(node, reference)
+            else:
+                spec = backing_spec(node, reference)
+        except QmpdError as error:
+            raise error.prefixed(_way(names)) from None
+        below = replace(place.below(node, backing=True), names=names, above=above)
         return (yield from self.open(spec, below))
+
+    def _trusted_spec(self, node: Node, reference: BackingReference) -> Steps[NodeSpec]:
+        """What the header of ``node`` names, taken as if the operator had said it."""
+        name = reference.filename
+        if name.startswith("json:"):
+            return _in_format(self.graph.parse_description(name.removeprefix("json:")), reference.format)
+        protocol, _, path = name.partition(":")
+        if not filename.has_protocol(name):
+            path = filename.resolve_backing(node, reference)
+        elif protocol != "file":
+            raise QmpdError(f"Unknown protocol '{protocol}'", Kind.UNSUPPORTED)
+        driver, found = yield partial(_probe, self.graph.trust, path)
+        return NodeSpec(reference.format or found, children={"file": NodeSpec(driver, options={"filename": path})})
 
 
 def _new_node(spec: NodeSpec, effective: NodeSpec, parent: Node | None) -> Node:
@@ -274,40 +287,52 @@ def backing_spec(node: Node, reference: BackingReference) -> NodeSpec:
     """The description of what the header of ``node`` names. Raises where the header is not followed."""
     name = reference.filename
     if name.startswith("json:") or filename.has_protocol(name):
-        raise QmpdError(f"'{name}', named by the image header, is not a plain path; give 'backing' explicitly")
+        raise QmpdError(f"a name found in an image must be a plain path; {trust.ADVICE}")
     if reference.format is None:
-        raise QmpdError(
-            f"The image header names no format for '{name}', and formats are not guessed; give 'backing' explicitly"
-        )
-    path = filename.resolve_backing(node, reference)
-    file = NodeSpec("file", options={"filename": path})
-    if reference.format in ("qcow2", "raw"):
-        return NodeSpec(reference.format, children={"file": file})
-    raise QmpdError(f"Format '{reference.format}' of '{name}', named by the image header, is not supported")
+        raise QmpdError(f"the image names no format for it, and formats are not guessed; {trust.ADVICE}")
+    if reference.format not in ("qcow2", "raw"):
+        raise QmpdError(f"format '{reference.format}' is not supported", Kind.UNSUPPORTED)
+    file = NodeSpec("file", options={"filename": filename.resolve_backing(node, reference)})
+    return NodeSpec(reference.format, children={"file": file})
 
 
-def _file_of(spec: NodeSpec) -> NodeSpec:
-    file = spec.children["file"]
-    assert isinstance(file, NodeSpec)
-    return file
+def _way(names: tuple[str, ...]) -> str:
+    """The chain down to a name, in front of what is wrong with it."""
+    return " -> ".join(names) + ": "
 
 
-def _identity(path: str) -> tuple[int, int]:
-    """(device, inode) of a file. Worker thread."""
+def _in_format(described: NodeSpec, wanted: str | None) -> NodeSpec:
+    """The format that a header states goes before the one in its ``json:`` name."""
+    spec = described if wanted is None else replace(described, driver=wanted)
+    if spec.driver in ("qcow2", "raw") and spec.children.get("file") is None:
+        raise QmpdError('A block device must be specified for "file"')
+    return spec
+
+
+def _probe(trusted: Trust, path: str) -> tuple[str, str]:
+    """Drivers for a file and for what is in it, from its kind and first bytes. Worker thread."""
     try:
-        found = os.stat(path)
+        fd = trusted.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        reason = error if isinstance(error, OSError) else OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        raise from_oserror(reason, f"Could not open '{path}': {reason.strerror}", path=path) from None
+    try:
+        kind = os.fstat(fd).st_mode
+        driver = "host_device" if stat.S_ISBLK(kind) or stat.S_ISCHR(kind) else "file"
+        has_magic = (stat.S_ISREG(kind) or stat.S_ISBLK(kind)) and os.pread(fd, 4, 0) == _QCOW2_MAGIC
+        return driver, "qcow2" if has_magic else "raw"
     except OSError as error:
-        raise from_oserror(error, f"Could not open '{path}': {os.strerror(error.errno or 0)}", path=path) from None
-    return found.st_dev, found.st_ino
+        raise from_oserror(error, f"Could not read '{path}': {error.strerror}", path=path) from None
+    finally:
+        os.close(fd)
 
 
-def _identities(node: Node) -> frozenset[tuple[int, int]]:
+def _identities(node: Node) -> frozenset[Identity]:
     """The files that a node's own data are in (backing not counted). Worker thread."""
-    found: set[tuple[int, int]] = set()
+    found: set[Identity] = set()
     for below in [edge.node for edge in node.children.values() if not edge.role & Role.COW]:
         found |= _identities(below)
     fd = getattr(node.driver, "fd", None)
     if isinstance(fd, int) and fd >= 0:
-        status = os.fstat(fd)
-        found.add((status.st_dev, status.st_ino))
+        found.add(trust.identity(fd))
     return frozenset(found)

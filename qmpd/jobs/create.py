@@ -63,14 +63,15 @@ class CreateJob(Job):
 class CreateFile(CreateJob):
     """A file of zeros; ``size`` in bytes. An existing file is emptied, unless some program is writing to it."""
 
-    def __init__(self, job_id: str, path: str, size: int, preallocation: str) -> None:
+    def __init__(self, job_id: str, graph: Graph, path: str, size: int, preallocation: str) -> None:
         super().__init__(job_id)
+        self._trust = graph.trust
         self._path = path
         self._size = size
         self._preallocation = preallocation
 
     def make(self) -> None:
-        create_file(self._path, self._size, self._preallocation)
+        create_file(self._path, self._size, self._preallocation, open_file=self._trust.open)
 
 
 class CreateQcow2(CreateJob):

@@ -21,6 +21,7 @@ from qmpd.block.api import Perm, Role
 from qmpd.block.drivers import DRIVERS
 from qmpd.block.drivers.qcow2.create import CreateOptions, check, create
 from qmpd.block.storage.create import create_file
+from qmpd.block.trust import OpenFile
 from qmpd.errors import Kind, QmpdError
 from qmpd.graph import filename
 from qmpd.graph.edit import Edit, Graph
@@ -169,8 +170,8 @@ class SnapshotSync(Action):
             backing_fmt=node.driver_name,
         )
         check(options)
-        self._made = yield partial(_make_file, self._path)
-        yield partial(create_file, self._path, 0)
+        self._made = yield partial(_make_file, self._path, graph.trust.open)
+        yield partial(create_file, self._path, 0, open_file=graph.trust.open)
         file = yield from open_tree(graph, NodeSpec("file", options={"filename": self._path}))
         try:
             yield from _format(graph, file, options)
@@ -258,11 +259,11 @@ def _plain_path(name: str) -> str:
 # -- files: worker thread ----------------------------------------------------------------------------------------------
 
 
-def _make_file(path: str) -> tuple[int, int] | None:
+def _make_file(path: str, open_file: OpenFile) -> tuple[int, int] | None:
     """Make sure that there is a file; (device, inode) if there was none. Errors are left for those who use it."""
     try:
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
-    except (OSError, ValueError):
+        fd = open_file(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    except (OSError, ValueError, QmpdError):
         return None
     try:
         status = os.fstat(fd)

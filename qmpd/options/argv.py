@@ -11,6 +11,7 @@ from qmpd.errors import QmpdError
 
 #: Long options -> whether they take an argument.
 LONG: Final = {
+    "allow-path": True,
     "blockdev": True,
     "chardev": True,
     "daemonize": False,
@@ -21,8 +22,12 @@ LONG: Final = {
     "object": True,
     "pidfile": True,
     "trace": True,
+    "trust-image-names": True,
     "version": False,
 }
+
+#: Options that the peer does not have; they do not stand in the way of its own, shortened.
+_OWN: Final = frozenset({"allow-path", "trust-image-names"})
 
 SHORT: Final = {"h": "help", "T": "trace", "V": "version"}
 
@@ -57,6 +62,16 @@ Options that set things up, carried out from left to right:
                          add an object; `--object help' lists the types and
                          `--object TYPE,help' the properties of one
 
+Which files are opened:
+
+  --allow-path DIRECTORY open and create images in and below this directory only,
+                         wherever they are named; may be given several times
+  --trust-image-names none|all
+                         what a backing file name found inside an image may be:
+                         none (default): a plain path of a regular file, raw or
+                         qcow2 as the image says; all: whatever can be opened,
+                         json: included, with its format guessed if not stated
+
 About the process:
 
   --daemonize            go into the background once all is set up
@@ -83,6 +98,9 @@ class CommandLine:
     options: tuple[Option, ...] = ()
     daemonize: bool = False
     pidfile: str | None = None
+    #: Directories that images must be in; none for anywhere.
+    allow_paths: tuple[str, ...] = ()
+    trust_image_names: bool = False
     show: str | None = None
 
 
@@ -92,7 +110,8 @@ def scan(words: Sequence[str], program: str = "qmpd") -> CommandLine:
     ``--help`` and ``--version`` count before any mistake behind them.
     """
     options = []
-    daemonize, pidfile = False, None
+    daemonize, pidfile, trusted = False, None, False
+    allowed: list[str] = []
     for option in _split(words):
         match option.name:
             case "help":
@@ -103,9 +122,19 @@ def scan(words: Sequence[str], program: str = "qmpd") -> CommandLine:
                 daemonize = True
             case "pidfile":
                 pidfile = option.value
+            case "allow-path":
+                allowed.append(option.value)
+            case "trust-image-names":
+                trusted = _trusted(option.value)
             case _:
                 options.append(option)
-    return CommandLine(tuple(options), daemonize, pidfile)
+    return CommandLine(tuple(options), daemonize, pidfile, tuple(allowed), trusted)
+
+
+def _trusted(value: str) -> bool:
+    if value not in ("none", "all"):
+        raise QmpdError(f"option '--trust-image-names' expects 'none' or 'all', not '{value}'")
+    return value == "all"
 
 
 def complaint(program: str, text: str, option: Option | None = None) -> str:
@@ -128,7 +157,8 @@ def _split(words: Sequence[str]) -> Iterator[Option]:
 
 def _long(word: str, rest: Iterator[str]) -> Option:
     typed, equals, value = word[2:].partition("=")
-    candidates = [typed] if typed in LONG else [name for name in LONG if name.startswith(typed)]
+    possible = [typed] if typed in LONG else [name for name in LONG if name.startswith(typed)]
+    candidates = [name for name in possible if name not in _OWN] or possible
     if not candidates:
         raise QmpdError(f"unrecognized option '{word}'")
     if len(candidates) > 1:

@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 
+from qmpd.block.api import BackingReference
+from qmpd.block.drivers.qcow2 import Qcow2
+from qmpd.block.storage.file import FileStorage
+from qmpd.block.trust import Trust
+from qmpd.commands.blockdev_options import parse_description
 from qmpd.errors import QmpdError
 from qmpd.graph import chain
 from qmpd.graph.edit import Graph
 from qmpd.graph.node import Node
-from qmpd.graph.open import HeaderPolicy, close_node, close_nodes, close_unreferenced, open_tree
+from qmpd.graph.open import close_node, close_nodes, close_unreferenced, open_tree
 from qmpd.graph.spec import NodeSpec
 from qmpd.steps import run_steps
 from tests.tools import need
@@ -273,14 +278,15 @@ def test_headers_cannot_name_more_than_a_path(graph: Graph, stored: str) -> None
     create("base.qcow2")
     overlay("top.qcow2", stored)
     text = refused(graph, qcow2("top.qcow2", "x"))
-    assert text.startswith(f"Could not open backing file: '{stored}', named by the image header, is not a plain path")
+    rule = "a name found in an image must be a plain path"
+    assert text.startswith(f"Could not open backing file: top.qcow2 -> {stored}: {rule}; give 'backing' explicitly")
 
 
 def test_formats_are_not_guessed(graph: Graph) -> None:
     """A guest writes what it likes into its raw disk."""
     create("base.qcow2")
     overlay("top.qcow2", "base.qcow2", None)
-    assert "names no format for 'base.qcow2'" in refused(graph, qcow2("top.qcow2", "x"))
+    assert "top.qcow2 -> base.qcow2: the image names no format for it" in refused(graph, qcow2("top.qcow2", "x"))
 
 
 def test_only_regular_files(graph: Graph) -> None:
@@ -288,7 +294,8 @@ def test_only_regular_files(graph: Graph) -> None:
     os.mkfifo("pipe")
     for name in ("pipe", "/dev/null", "."):
         overlay("top.qcow2", name, "raw")
-        assert refused(graph, qcow2("top.qcow2", "x")).endswith("is named by an image header but is not a regular file")
+        text = refused(graph, qcow2("top.qcow2", "x"))
+        assert f"top.qcow2 -> {name}: a name found in an image must lead to a regular file; " in text
 
 
 def test_directories_can_be_limited(graph: Graph, tmp_path: Path) -> None:
@@ -296,24 +303,28 @@ def test_directories_can_be_limited(graph: Graph, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     create("outside.qcow2")
     (tmp_path / "in" / "link").symlink_to("../outside.qcow2")
-    policy = HeaderPolicy((str((tmp_path / "in").resolve()),))
+    graph.trust = Trust.make(["in"])
     for name in ("../outside.qcow2", "link", str(tmp_path / "outside.qcow2")):
         overlay("in/top.qcow2", name)
-        assert refused(graph, qcow2("in/top.qcow2", "x"), policy=policy).endswith("is outside the directories allowed")
+        assert "is outside the directories allowed (in)" in refused(graph, qcow2("in/top.qcow2", "x"))
     create("in/base.qcow2")
     overlay("in/top.qcow2", "base.qcow2")
-    add(graph, qcow2("in/top.qcow2", "x"), policy=policy)
+    add(graph, qcow2("in/top.qcow2", "x"))
+    assert "is outside" in refused(graph, qcow2("outside.qcow2", "y"))
 
 
 def test_chains_that_bite_their_tail(graph: Graph) -> None:
     """By any name."""
     overlay("self.qcow2", "self.qcow2")
-    assert refused(graph, qcow2("self.qcow2", "x")).endswith("'self.qcow2' is in this backing chain already")
+    assert refused(graph, qcow2("self.qcow2", "x")).endswith(
+        "self.qcow2 -> self.qcow2: the file is in this backing chain already"
+    )
     overlay("one.qcow2", "two.qcow2")
     overlay("two.qcow2", "./three.qcow2")
     Path("three.qcow2").hardlink_to("one.qcow2")
     text = refused(graph, qcow2("one.qcow2", "x", read_only=True))
-    assert text == "Could not open backing file: " * 2 + "'./three.qcow2' is in this backing chain already"
+    way = "one.qcow2 -> two.qcow2 -> ./three.qcow2"
+    assert text == "Could not open backing file: " * 2 + way + ": the file is in this backing chain already"
 
 
 def test_chains_that_are_absurdly_deep(graph: Graph) -> None:
@@ -325,6 +336,50 @@ def test_chains_that_are_absurdly_deep(graph: Graph) -> None:
         Path(f"{number:02}.qcow2").write_bytes(data.replace(b"00.qcow2", f"{number - 1:02}.qcow2".encode()))
     assert len(list(chain.walk(add(graph, qcow2("60.qcow2", "x", read_only=True))))) == 61
     assert refused(graph, qcow2("69.qcow2", "y", read_only=True)).endswith("More than 64 images on top of each other")
+
+
+@pytest.mark.parametrize(
+    ("stored", "fmt", "drivers"),
+    [
+        ("base.qcow2", None, ["qcow2", "file"]),
+        ("file:base.qcow2", "raw", ["raw", "file"]),
+        ('json:{"driver":"qcow2","file.driver":"file","file.filename":"base.qcow2"}', "qcow2", ["qcow2", "file"]),
+        ('json:{"driver":"null-co","size":65536}', "null-co", ["null-co"]),
+    ],
+)
+def test_names_can_be_trusted(graph: Graph, stored: str, fmt: str | None, drivers: list[str]) -> None:
+    """Then they are what the peer takes them for, as far as the drivers exist."""
+    create("base.qcow2")
+    create("top.qcow2")
+    store_backing("top.qcow2", stored, fmt)
+    assert "Could not open backing file" in refused(graph, qcow2("top.qcow2", "x", read_only=True))
+    graph.trust, graph.parse_description = Trust.make(image_names=True), parse_description
+    backing = chain.next_image(add(graph, qcow2("top.qcow2", "x", read_only=True)))
+    assert backing is not None
+    assert [node.driver_name for node in backing.subtree()] == drivers
+
+
+def test_trusted_names_still_end(graph: Graph) -> None:
+    """A loop is a mistake whoever makes it, a json: name may hide it, and unknown protocols stay unknown."""
+    graph.trust, graph.parse_description = Trust.make(image_names=True), parse_description
+    create("top.qcow2")
+    for stored, text in {
+        'json:{"driver":"qcow2","file":{"driver":"file","filename":"top.qcow2"}}': "in this backing chain already",
+        "json:{": "Could not parse the JSON options: ",
+        "nbd:unix:/x": "top.qcow2 -> nbd:unix:/x: Unknown protocol 'nbd'",
+        'json:{"driver":"file","filename":"top.qcow2"}': 'A block device must be specified for "file"',
+    }.items():
+        store_backing("top.qcow2", stored, "qcow2")
+        assert text in refused(graph, qcow2("top.qcow2", "x", read_only=True))
+
+
+def store_backing(name: str, stored: str, fmt: str | None) -> None:
+    """Have the header of an image say just this."""
+    file = FileStorage.open({}, {"filename": name}, read_only=False)
+    image = Qcow2.open({"file": file}, {}, read_only=False)
+    image.change_backing_reference(BackingReference(stored, fmt))
+    image.close()
+    file.close()
 
 
 # -- closing -----------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class Blkdebug(Filter):
     @classmethod
     def open(cls, children: Mapping[str, BlockDevice], options: Mapping[str, Any], *, read_only: bool) -> Self:
         """Over ``children["image"]``. Worker thread. Raises on a bad config file or contradicting options."""
-        errors, states = load(options["config"]) if "config" in options else ([], [])
+        errors, states = load(options["config"], options.get("open-file", os.open)) if "config" in options else ([], [])
         errors += [InjectError.of(rule) for rule in options.get("inject-error", ())]
         states += [SetState.of(rule) for rule in options.get("set-state", ())]
         driver = cls(children["image"], Rules(errors, states), Shape.of(options), read_only=read_only)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from qmpd.block import locking
 from qmpd.block.api import Perm
 from qmpd.block.storage import posix
+from qmpd.block.trust import OpenFile
 from qmpd.errors import QmpdError, from_oserror
 from qmpd.units import SECTOR, align_up
 
@@ -20,7 +21,7 @@ _PREALLOCATION_FAILED = {"falloc": "Could not preallocate new data", "full": "Co
 _CREATION_LOCKS = locking.mask(Perm.WRITE | Perm.RESIZE, Perm.ALL & ~Perm.RESIZE)
 
 
-def create_file(path: str, size: int, preallocation: str = "off") -> None:
+def create_file(path: str, size: int, preallocation: str = "off", *, open_file: OpenFile = os.open) -> None:
     """Create ``path``, or empty an existing file, with ``size`` bytes of zeros (rounded up to 512).
 
     Nothing of an existing file is touched when somebody holds it for writing or the size is more than the file system
@@ -32,7 +33,7 @@ def create_file(path: str, size: int, preallocation: str = "off") -> None:
     if "\0" in path:
         raise QmpdError(f"Could not create '{path}': {os.strerror(errno.EINVAL)}")
     length = align_up(size, SECTOR)
-    with _opened(path) as (fd, existed):
+    with _opened(path, open_file) as (fd, existed):
         locking.acquire(fd, _CREATION_LOCKS)
         try:
             _resize(fd, length)
@@ -45,14 +46,14 @@ def create_file(path: str, size: int, preallocation: str = "off") -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[tuple[int, bool]]:
+def _opened(path: str, open_file: OpenFile) -> Iterator[tuple[int, bool]]:
     """The file read-write and unlocked, and whether it existed before."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
         try:
-            fd, existed = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644), False
+            fd, existed = open_file(path, flags | os.O_CREAT | os.O_EXCL, 0o644), False
         except FileExistsError:
-            fd, existed = os.open(path, flags), True
+            fd, existed = open_file(path, flags, 0), True
     except OSError as error:
         raise from_oserror(error, f"Could not create '{path}': {error.strerror}", path=path) from error
     try:

@@ -22,6 +22,7 @@ from qmpd.block.storage import posix
 from qmpd.block.storage.aligned import Aligned, Cached, FileIO, block_size
 from qmpd.block.storage.create import create_file
 from qmpd.block.storage.handle import FileHandle, Flags, cannot_open
+from qmpd.block.trust import OpenFile
 from qmpd.errors import Kind, QmpdError, from_oserror
 from qmpd.units import SECTOR, align_up
 
@@ -44,7 +45,8 @@ class FileStorage(Driver):
     Options: ``filename``, ``locking``, ``aio``, ``aio-max-batch``, ``drop-cache``, ``x-check-cache-dropped``,
     ``pr-manager``, and of the common ones ``auto-read-only``, ``cache.direct``, ``cache.no-flush``, ``discard``
     ("unmap" if not given) and
-    ``x-qmpd-share-write`` (let other programs write too while this node writes).
+    ``x-qmpd-share-write`` (let other programs write too while this node writes). ``open-file``, of the graph, is what
+    the path is opened with, once; a reopen goes by the descriptor.
     """
 
     format_name = "file"
@@ -61,7 +63,8 @@ class FileStorage(Driver):
         self._options: Mapping[str, Any] = dict(options)
         self._next_options: Mapping[str, Any] | None = None
         self._next_io: FileIO | None = None
-        self._handle = FileHandle(path, _flags(options, read_only), locked=_wants_locks(options))
+        open_file: OpenFile = options.get("open-file", os.open)
+        self._handle = FileHandle(path, _flags(options, read_only), locked=_wants_locks(options), open_file=open_file)
         self._growth = threading.Lock()
         #: fallocate modes that this file turned out not to have.
         self._refused: set[int] = set()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from qmpd.block import locking
 from qmpd.block.api import Perm
+from qmpd.block.trust import OpenFile
 from qmpd.errors import QmpdError, from_oserror
 
 _WRITING = Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE
@@ -50,12 +51,12 @@ def cannot_open(path: str, error: OSError, *, direct: bool = False) -> QmpdError
 class FileHandle:
     """An open image file with its locks. ``fd`` never changes until :meth:`close`."""
 
-    def __init__(self, path: str, flags: Flags, *, locked: bool) -> None:
+    def __init__(self, path: str, flags: Flags, *, locked: bool, open_file: OpenFile = os.open) -> None:
         self.path = path
         self.flags = flags
         self._mode = flags.mode(Perm.NONE)
         try:
-            self.fd = os.open(path, self._mode)
+            self.fd = open_file(path, self._mode, 0)
         except OSError as error:
             raise cannot_open(path, error, direct=flags.direct) from error
         self._locked = locked
