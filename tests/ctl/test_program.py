@@ -353,3 +353,56 @@ async def test_bad_arguments_for_raw_are_wrong_usage(daemon: FakeDaemon) -> None
 
     assert run.returncode == Exit.USAGE
     assert b"premature EOI" in run.stderr
+
+
+def checked(**found: Any) -> dict[str, Any]:
+    """An answer of x-qmpd-check."""
+    members = ("check-errors", "corruptions", "leaks", "corruptions-fixed", "leaks-fixed", "fragmented-clusters")
+    clusters = {"total-clusters": 64, "allocated-clusters": 16, "compressed-clusters": 0, "image-end-offset": 2 * MIB}
+    base = {"filename": "top.qcow2", "format": "qcow2", **dict.fromkeys(members, 0), **clusters, "findings": []}
+    return {**base, **found}
+
+
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [
+        ({}, 0),
+        ({"leaks-fixed": 3}, 0),
+        ({"check-errors": 1, "corruptions": 1}, 1),
+        ({"corruptions": 1, "leaks": 1}, 2),
+        ({"leaks": 1}, 3),
+    ],
+    ids=["clean", "repaired", "could not check", "corrupt", "leaks"],
+)
+async def test_check_exits_like_qemu_img_check(daemon: FakeDaemon, found: dict[str, Any], status: int) -> None:
+    """0 clean, 1 could not check, 2 corrupt, 3 leaks."""
+    daemon.answers["x-qmpd-check"] = lambda _: checked(**found)
+
+    run = await qmpctl(daemon, "check", "top", "-r", "leaks", "--json")
+
+    assert (run.returncode, json.loads(run.stdout)) == (status, checked(**found))
+    assert daemon.asked[-1] == ("x-qmpd-check", {"node-name": "top", "fix": "leaks"})
+
+
+async def test_check_shows_what_was_found(daemon: FakeDaemon) -> None:
+    """Where to look, how many there are, and what that means."""
+    finding = {"severity": "leak", "offset": 0x50006, "field": "refcount", "value": 1, "text": "cluster 3 ..."}
+    daemon.answers["x-qmpd-check"] = lambda _: checked(leaks=2, findings=[finding])
+
+    run = await qmpctl(daemon, "check", "top")
+
+    assert run.stdout.decode().splitlines() == [
+        "FINDING  WHERE                       WHAT",
+        "leak     refcount at 0x50006 is 0x1  cluster 3 ...",
+        "... 2 in all",
+        "leaked clusters: 2; space is lost, but no data",
+        "16 of 64 clusters allocated (25.0%), 0 fragmented, 0 compressed; the image ends at 2 MiB",
+    ]
+    assert daemon.asked[-1] == ("x-qmpd-check", {"node-name": "top"})
+
+
+async def test_check_without_a_daemon_does_not_look_like_leaks(tmp_path: Path) -> None:
+    """3 means something else here."""
+    run = await qmpctl(None, "--socket", str(tmp_path / "nothing"), "check", "top")
+
+    assert run.returncode == 1
