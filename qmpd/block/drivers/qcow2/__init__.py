@@ -3,7 +3,8 @@
 Rooms, bottom up: :mod:`header` and :mod:`tables` are pure; :mod:`cache` holds metadata in memory and knows the order in
 which it goes to disk; :mod:`refcounts`, :mod:`alloc` and :mod:`clusters` work on it under the image lock; :mod:`image`
 ties them together; :mod:`reading`, :mod:`writing`, :mod:`zeroing` and :mod:`resize` are the requests; :mod:`driver` is
-what the rest of the program sees, with :mod:`create` beside it. Synchronous and thread-safe.
+what the rest of the program sees, with :mod:`create` beside it. :mod:`references` counts what the mapping uses, past
+the caches, for :mod:`check` and :mod:`repair`. Synchronous and thread-safe.
 """
 
 from qmpd.block.drivers.qcow2.create import CreateOptions, create
