@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -326,6 +327,18 @@ def test_daemonize_reports_a_failure() -> None:
     assert fails("--daemonize", "--chardev", "stdio,id=c") == (
         "--chardev stdio,id=c: cannot use stdio with -daemonize\n"
     )
+
+
+def test_clients_beyond_the_descriptor_limit_wait_and_harm_nobody() -> None:
+    """The one that takes the last descriptor included; those that wait are served when others have left."""
+    with started("--chardev", SERVER, "--monitor", "c") as process, client() as one:
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (40, 40))
+        crowd = [connect() for _ in range(60)]
+        assert one.execute("query-jobs") == []
+        for sock in crowd:
+            sock.close()
+        with client() as other:
+            assert other.execute("query-jobs") == []
 
 
 def test_a_socket_without_a_name_is_no_file() -> None:

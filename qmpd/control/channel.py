@@ -28,13 +28,14 @@ HARD_LIMIT: Final = 64 << 20
 class Channel:
     """A duplex byte stream over one or two file descriptors, which are put into non-blocking mode."""
 
-    def __init__(self, reader: int, writer: int, close: Callable[[], None]) -> None:
+    def __init__(self, reader: int, writer: int, close: Callable[[], None], *, may_wait: bool = True) -> None:
+        """Without ``may_wait``, the reader is always ready and refuses to be asked."""
         self._reader = reader
         self._writer = writer
         self._close = close
         for fd in {reader, writer}:
             os.set_blocking(fd, False)
-        self._may_wait = _pollable(reader)
+        self._may_wait = may_wait
 
     @classmethod
     def of_socket(cls, sock: socket.socket) -> Channel:
@@ -50,7 +51,7 @@ class Channel:
                 with contextlib.suppress(OSError):
                     os.set_blocking(fd, True)
 
-        return cls(0, 1, restore)
+        return cls(0, 1, restore, may_wait=_pollable(0))
 
     async def receive(self) -> bytes:
         """What has arrived, at least one byte; nothing at the end of the stream, however it ended."""
