@@ -164,9 +164,10 @@ class SnapshotSync(Action):
     # -- making the image ----------------------------------------------------------------------------------------------
 
     def _create(self, graph: Graph, node: Node, backing: str) -> Steps[None]:
+        location = filename.image_location(node) if backing == filename.image_path(node) else None
         options = CreateOptions(
             size=node.length,
-            backing_file=name_seen_from(self._path, backing),
+            backing_file=name_seen_from(self._path, backing, location),
             backing_fmt=node.driver_name,
         )
         check(options)

@@ -200,6 +200,16 @@ async def test_the_backing_name_leads_there(daemon: Served) -> None:
     reads("d2/t.qcow2", "0x11 0 1M")
 
 
+async def test_the_working_directory_may_have_changed(daemon: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it has after daemonizing: the node's relative name counts from where it was opened."""
+    file = os.path.abspath("s.qcow2")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir("/")
+        await sync(daemon, "a", "s", file)
+
+    assert backing("s.qcow2") == ("a.qcow2", "qcow2")
+
+
 async def test_an_existing_image(daemon: Served) -> None:
     """Used as it is: its data show, and its own backing name does not count."""
     shell(
