@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from qmpd import daemon
-from tests.daemons import PATIENCE, Client, under_test
+from tests.daemons import PATIENCE, Client, CommandError, under_test
 
 PROGRAM = under_test()
 
@@ -335,6 +335,8 @@ def test_clients_beyond_the_descriptor_limit_wait_and_harm_nobody() -> None:
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (40, 40))
         crowd = [connect() for _ in range(60)]
         assert one.execute("query-jobs") == []
+        with pytest.raises(CommandError, match="Too many open files"):
+            one.execute("blockdev-add", driver="file", node_name="f", filename="/proc/version", read_only=True)
         for sock in crowd:
             sock.close()
         with client() as other:

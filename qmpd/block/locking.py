@@ -20,7 +20,7 @@ import struct
 from typing import Final
 
 from qmpd.block.api import Perm
-from qmpd.errors import Kind, QmpdError
+from qmpd.errors import Kind, QmpdError, from_oserror
 
 #: Lock commands of open file descriptions, which belong to the open file and not to the process.
 _OFD_GETLK: Final = 36
@@ -41,11 +41,16 @@ def mask(perm: Perm, shared: Perm) -> int:
 @functools.cache
 def has_ofd_locks() -> bool:
     """Does this kernel know locks of open file descriptions (Linux 3.15)?"""
-    with open(os.devnull, "rb") as file:
-        try:
-            fcntl.fcntl(file.fileno(), _OFD_GETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 1, 0))
-        except OSError:
-            return False
+    try:
+        fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:  # no descriptor left
+        raise from_oserror(error, f"Could not open '{os.devnull}': {error.strerror}", path=os.devnull) from error
+    try:
+        fcntl.fcntl(fd, _OFD_GETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 1, 0))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
     return True
 
 
