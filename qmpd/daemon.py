@@ -22,6 +22,7 @@ from qmpd.control.bus import Bus
 from qmpd.control.manager import JobManager
 from qmpd.control.objects import ObjectStore
 from qmpd.control.process import PidFile, daemonize
+from qmpd.control.records import Records
 from qmpd.control.registry import Context, lookup
 from qmpd.control.server import Server
 from qmpd.errors import QmpdError
@@ -65,7 +66,8 @@ class Core:
         objects = ObjectStore()
         graph.parse_description = blockdev_options.parse_description
         graph.find_throttle_group = partial(throttle_groups.find, objects)
-        self.jobs = JobManager(self.bus.publish, JOBS, graph, graph_lock)
+        self._records = Records(self.bus)
+        self.jobs = JobManager(self.bus.publish, JOBS, graph, graph_lock, self._records)
         self.ctx = Context(graph, self.jobs, self.bus, objects, self.shutdown, graph_lock)
         self.server = Server(self.ctx)
         self.stopping = trio.Event()
@@ -78,6 +80,7 @@ class Core:
         async with trio.open_nursery() as nursery:
             await nursery.start(self.jobs.serve)
             await nursery.start(self.server.serve)
+            nursery.start_soon(self._records.tell_progress)
             task_status.started()
             await self.stopping.wait()
             await self.server.stop()

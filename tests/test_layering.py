@@ -17,7 +17,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "qmpd"
 
-GROUND = frozenset({"qmpd", "errors", "units", "steps"})
+GROUND = frozenset({"qmpd", "errors", "units", "steps", "meter"})
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ ROOMS: dict[str, Room] = {
     "errors": room(0),
     "units": room(0),
     "steps": room(0),
+    "meter": room(0),
     "wire": room(1, libraries="orjson"),
     "nbd": room(1),
     "block": room(1, libraries="numpy zstandard"),

@@ -27,6 +27,14 @@ class JobType(StrEnum):
     SNAPSHOT_DELETE = "snapshot-delete"
 
 
+class JobOutcome(StrEnum):
+    """How a job ended."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
 class IoOperationType(StrEnum):
     READ = "read"
     WRITE = "write"

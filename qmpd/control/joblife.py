@@ -41,6 +41,19 @@ class Bridge(Protocol):
     async def run_steps(self, steps: Steps[T]) -> T: ...
 
 
+class Observer:
+    """Who is told of a life beside the events. This one does not care. Nothing here waits or raises."""
+
+    def began(self, life: Life) -> None:
+        """The job has got what it needs to run."""
+
+    def done(self, life: Life) -> None:
+        """No progress will follow."""
+
+    def concluded(self, life: Life) -> None:
+        """The job has ended, and the event that says so has just been published."""
+
+
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """What all lives share. Phases that change the graph run with ``graph_lock`` held."""
@@ -49,6 +62,7 @@ class Surroundings:
     bridge: Bridge
     graph: Graph
     graph_lock: trio.Lock
+    observer: Observer
 
 
 def _next(body: Body) -> Rest | Failure | Ready | None:
@@ -125,6 +139,7 @@ class Life:
         except BaseException:
             self._to(Status.NULL)
             raise
+        self._around.observer.began(self)
         self._to(Status.RUNNING)
 
     async def live(self) -> None:
@@ -217,8 +232,10 @@ class Life:
             self._give_up(error)
         async with self._around.graph_lock:
             await self._last_phases()
+        self._around.observer.done(self)
         self._announce_end("BLOCK_JOB_CANCELLED" if is_cancelled else "BLOCK_JOB_COMPLETED")
         self._to(Status.CONCLUDED)
+        self._around.observer.concluded(self)
         if self.job.auto_dismiss:
             self._to(Status.NULL)
 

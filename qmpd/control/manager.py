@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from qmpd.control.joblife import Bridge, Life, Surroundings
+from qmpd.control.joblife import Bridge, Life, Observer, Surroundings
 from qmpd.errors import Kind, QmpdError
 from qmpd.graph.edit import Graph
 from qmpd.jobs.job import Job, check_speed, well_formed_id
@@ -30,8 +30,15 @@ class _Birth:
 class JobManager:
     """The jobs, newest first."""
 
-    def __init__(self, publish: Publish, bridge: Bridge, graph: Graph, graph_lock: trio.Lock) -> None:
-        self._around = Surroundings(publish, bridge, graph, graph_lock)
+    def __init__(
+        self,
+        publish: Publish,
+        bridge: Bridge,
+        graph: Graph,
+        graph_lock: trio.Lock,
+        observer: Observer | None = None,
+    ) -> None:
+        self._around = Surroundings(publish, bridge, graph, graph_lock, observer or Observer())
         self._lives: list[Life] = []
         self._nursery: trio.Nursery | None = None
         self._closing = False
@@ -90,6 +97,11 @@ class JobManager:
             raise QmpdError(f"Invalid job ID '{job_id}'")
         if any(life.job.id == job_id for life in self._lives):
             raise QmpdError(f"Job ID '{job_id}' already in use")
+
+    @property
+    def lives(self) -> list[Life]:
+        """All of them, newest first."""
+        return list(self._lives)
 
     # -- lookup --------------------------------------------------------------------------------------------------------
 

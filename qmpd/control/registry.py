@@ -25,7 +25,7 @@ from qmpd.control.qapi import WIRE, QapiModel, Source, wire_value
 from qmpd.errors import Kind, QmpdError
 
 if TYPE_CHECKING:
-    from qmpd.control.bus import Bus
+    from qmpd.control.bus import Bus, Subscriber
     from qmpd.control.manager import JobManager
     from qmpd.control.objects import ObjectStore
     from qmpd.graph.edit import Graph
@@ -48,8 +48,9 @@ class Context:
     """What a handler may touch; control thread only.
 
     ``graph_lock`` is held by everything that changes the graph across awaits. ``shutdown`` ends the daemon: it returns
-    when all jobs are gone, so that their events precede the reply. ``client`` differs from connection to connection,
-    all else is shared. ``rooms`` holds services by name that only some families know (exports, character devices, ...).
+    when all jobs are gone, so that their events precede the reply. ``client`` and ``outbox``, where its events go
+    (None: nowhere), differ from connection to connection, all else is shared. ``rooms`` holds services by name that
+    only some families know (exports, character devices, ...).
     """
 
     graph: Graph
@@ -60,10 +61,11 @@ class Context:
     graph_lock: trio.Lock = field(default_factory=trio.Lock)
     rooms: dict[str, Any] = field(default_factory=dict)
     client: Client = field(default_factory=Client)
+    outbox: Subscriber | None = None
 
-    def for_client(self, client: Client) -> Context:
+    def for_client(self, client: Client, outbox: Subscriber | None = None) -> Context:
         """The same daemon as seen by ``client``."""
-        return replace(self, client=client)
+        return replace(self, client=client, outbox=outbox)
 
 
 @dataclass(frozen=True, slots=True)

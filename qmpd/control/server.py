@@ -84,8 +84,8 @@ class Connection:
         self._server = server
         self._channel = channel
         self._session = Session(pretty=pretty)
-        self._ctx = ctx.for_client(client)
         self._outbox = Outbox(channel, pretty=pretty, on_lost=self._give_up)
+        self._ctx = ctx.for_client(client, self._outbox)
         self._conversing = trio.CancelScope()
         self._hears_events = False
         self._backlog: trio.MemorySendChannel[Request | bytes] | None = None

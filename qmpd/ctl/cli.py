@@ -75,7 +75,12 @@ def _queries(add: Add) -> None:
     events.set_defaults(run=commands.run_events)
     events.add_argument("names", metavar="NAME", nargs="*", help="only events with these names")
     events.add_argument("-n", "--count", type=int, metavar="N", help="stop after N events")
+    events.add_argument("--since", type=int, metavar="N", help="begin with the events after number N (0: all kept)")
     _json(events)
+    results = add("results", help="how the last jobs ended, also those that are gone")
+    results.set_defaults(run=commands.run_results)
+    results.add_argument("--since", type=int, metavar="N", help="only those told by an event after number N")
+    _json(results)
 
 
 def _commit(add: Add) -> None:

@@ -60,18 +60,22 @@ class CommandError(ClientError):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event of the daemon. ``time`` counts seconds since the epoch, by the daemon's clock."""
+    """One event of the daemon. ``time`` counts seconds since the epoch, by the daemon's clock.
+
+    ``number`` is there after :meth:`Client.subscribe`, but for progress, which has none.
+    """
 
     name: str
     data: Mapping[str, Any]
     time: float
+    number: int | None = None
 
     @classmethod
     def of(cls, message: Mapping[str, Any]) -> Self:
         """From the wire."""
         stamp = message.get("timestamp", {})
         seconds = stamp.get("seconds", 0) + stamp.get("microseconds", 0) / 1e6
-        return cls(message["event"], message.get("data", {}), seconds)
+        return cls(message["event"], message.get("data", {}), seconds, message.get("x-qmpd-number"))
 
 
 class Events:
@@ -155,6 +159,20 @@ class Client:
         if (error := waiting.reply.get("error")) is not None:
             raise CommandError(error["class"], error["desc"])
         return waiting.reply["return"]
+
+    async def subscribe(self, *, progress: bool = False, since: int | None = None) -> Mapping[str, Any] | None:
+        """Ask for numbered events, those after ``since`` first, and for the progress of jobs.
+
+        What the daemon says about its log; None if it has no such thing, as other daemons than qmpd.
+        """
+        arguments = {"progress": progress} | ({} if since is None else {"since": since})
+        try:
+            log: Mapping[str, Any] = await self.execute("x-qmpd-subscribe", arguments)
+        except CommandError as error:
+            if error.error_class != "CommandNotFound":
+                raise
+            return None
+        return log
 
     @contextmanager
     def events(self, *names: str) -> Iterator[Events]:

@@ -9,7 +9,7 @@ import time
 from typing import Any, Final
 
 from qmpd.ctl import chain, text
-from qmpd.ctl.client import ClientError, Event
+from qmpd.ctl.client import ClientError, CommandError, Event
 from qmpd.ctl.session import Exit, Session
 from qmpd.wire.dialect import DialectError, parse
 
@@ -76,20 +76,64 @@ async def run_speed(session: Session) -> Exit:
 
 async def run_events(session: Session) -> Exit:
     """``qmpctl events [NAME...]``: one line each, until the count is reached, the daemon ends or somebody presses
-    Ctrl-C."""
-    left = session.args.count or math.inf
-    with session.client.events(*session.args.names) as events:
+    Ctrl-C. ``--since N`` begins with those after number N."""
+    args = session.args
+    left = args.count or math.inf
+    with session.client.events(*args.names) as events:
+        log = await session.client.subscribe(progress="X_QMPD_JOB_PROGRESS" in args.names, since=args.since)
+        if args.since is not None:
+            if log is None:
+                raise CommandError("CommandNotFound", "this daemon does not keep events")
+            if not log["complete"]:
+                print(f"qmpctl: not all events since {args.since} are kept", file=session.err)
         while left > 0:
-            session.say(_event_line(await events.next(), as_json=session.args.json))
+            event = await events.next()
+            if args.since is not None and event.number is None:
+                continue  # came before the subscription, which told it again
+            session.say(_event_line(event, as_json=args.json))
             left -= 1
     return Exit.OK
 
 
 def _event_line(event: Event, *, as_json: bool) -> str:
     if as_json:
-        return json.dumps({"event": event.name, "data": event.data, "time": event.time})
+        row = {"event": event.name, "data": event.data, "time": event.time}
+        return json.dumps(row if event.number is None else {"number": event.number, **row})
     clock = time.strftime("%H:%M:%S", time.localtime(event.time)) + f"{event.time % 1:.3f}"[1:]
-    return " ".join([clock, event.name, *(f"{key}={value}" for key, value in event.data.items())])
+    number = "" if event.number is None else f"#{event.number}"
+    words = [clock, number, event.name, *(f"{key}={value}" for key, value in event.data.items())]
+    return " ".join(word for word in words if word)
+
+
+async def run_results(session: Session) -> Exit:
+    """``qmpctl results``: how the last jobs ended."""
+    arguments = {} if session.args.since is None else {"since": session.args.since}
+    rows = await session.client.execute("x-qmpd-job-results", arguments)
+    if session.args.json:
+        session.print_json(rows)
+    elif rows:
+        session.say(*_result_table(rows))
+    else:
+        session.say("no results")
+    return Exit.OK
+
+
+def _result_table(rows: list[dict[str, Any]]) -> list[str]:
+    table = [["NUMBER", "ENDED", "JOB", "TYPE", "OUTCOME", "DONE", "OF", "ERROR"]]
+    table.extend(
+        [
+            str(row["number"]),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["ended"]["seconds"])),
+            row["id"],
+            row["type"],
+            row["outcome"],
+            text.size(row["offset"]),
+            text.size(row["len"]),
+            row.get("error", "-"),
+        ]
+        for row in rows
+    )
+    return text.columns(table)
 
 
 async def run_raw(session: Session) -> Exit:

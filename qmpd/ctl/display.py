@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from qmpd.ctl import text
-from qmpd.ctl.meter import Meter
+from qmpd.meter import Meter
 
 #: A plain line is printed each time another part of this size is done.
 _PLAIN_STEP: Final = 0.1

@@ -1,14 +1,16 @@
 """The life of one job as seen from outside: from its first event, or from the middle, to its end.
 
-State changes come as events; how far the job has got is asked for at short intervals. Nothing is missed as long as the
-events were subscribed to before the job was started or looked up.
+State changes come as events. How far the job has got comes as events, too, from a daemon that has them, and is asked
+for at short intervals of others. Nothing is missed as long as the events were subscribed to before the job was started
+or looked up.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
@@ -16,7 +18,7 @@ import trio
 
 from qmpd.ctl.client import Client, CommandError, Event, Events
 from qmpd.ctl.display import Display
-from qmpd.ctl.meter import Meter
+from qmpd.meter import Meter
 
 #: Seconds between two looks at the progress.
 INTERVAL: Final = 0.2
@@ -29,6 +31,7 @@ JOB_EVENTS: Final = (
     "BLOCK_JOB_ERROR",
     "BLOCK_JOB_READY",
     "BLOCK_JOB_PENDING",
+    "X_QMPD_JOB_PROGRESS",
 )
 
 #: Text of the error of a job that was cancelled, in every query.
@@ -76,37 +79,46 @@ class _Follower:
     until_ready: bool
     status: str = "created"
     told: Ending | None = None  # by an event, ahead of the status that makes it final
+    meter: Meter = field(default_factory=Meter)
+    pushed: bool = False  # progress comes as events
 
     async def run(self) -> Ending:
-        meter = Meter()
-        if (row := await self._look(meter)) is None:
+        self.pushed = await self.client.subscribe(progress=True) is not None
+        if (row := await self._look()) is None:
             return await self._vanished()
         if row["status"] in ("ready", "standby") and (ending := await self._ready()):
             return ending
         if row["status"] == "concluded":
             return await self._concluded()
-        next_look = trio.current_time() + INTERVAL
+        next_look = self._next_look()
         while True:
             event = None
             with trio.move_on_at(next_look):
                 event = await self.events.next()
             if event is None:
-                await self._look(meter)
-                next_look = trio.current_time() + INTERVAL
+                await self._look()
+                next_look = self._next_look()
             elif (ending := await self._handle(event)) is not None:
-                self._show_end(meter, ending)
+                self._show_end(ending)
                 return ending
 
-    async def _look(self, meter: Meter) -> Mapping[str, Any] | None:
+    def _next_look(self) -> float:
+        return math.inf if self.pushed else trio.current_time() + INTERVAL
+
+    async def _look(self) -> Mapping[str, Any] | None:
         """Ask how far the job is; None if there is no such job (any more)."""
         if (row := await self._row()) is None:
             return None
         self.status = row["status"]
-        meter.update(trio.current_time(), row["current-progress"], row["total-progress"])
-        if self.status in ("paused", "standby"):
-            meter.rest()
-        self.display.progress(meter, self.status)
+        if not self.pushed:
+            self._show(row["current-progress"], row["total-progress"])
         return row
+
+    def _show(self, done: int, total: int) -> None:
+        self.meter.update(trio.current_time(), done, total)
+        if self.status in ("paused", "standby"):
+            self.meter.rest()
+        self.display.progress(self.meter, self.status)
 
     async def _row(self) -> Mapping[str, Any] | None:
         rows: list[Mapping[str, Any]] = await self.client.execute("query-jobs")
@@ -118,6 +130,8 @@ class _Follower:
         if self.job not in (data.get("id"), data.get("device")):
             return None
         match event.name:
+            case "X_QMPD_JOB_PROGRESS":
+                self._show(data["done"], data["total"])
             case "JOB_STATUS_CHANGE":
                 self.status = data["status"]
                 return await self._concluded() if self.status in ("concluded", "null") else None
@@ -167,7 +181,7 @@ class _Follower:
                 return ending
         raise CommandError("GenericError", f"Job not found: {self.job}")
 
-    def _show_end(self, meter: Meter, ending: Ending) -> None:
-        if ending.length:
-            meter.update(trio.current_time(), ending.offset, ending.length)
-        self.display.progress(meter, self.status)
+    def _show_end(self, ending: Ending) -> None:
+        if ending.length and not self.pushed:
+            self.meter.update(trio.current_time(), ending.offset, ending.length)
+        self.display.progress(self.meter, self.status)

@@ -46,6 +46,10 @@ class Cell:
         self._paused = False
         self._cancelled = False
         self._progress = Progress(0, 0)
+        #: The body finds out what really is to be moved; that, and how much of it has been.
+        self._surveys = False
+        self._work: int | None = None
+        self._moved = 0
 
     # -- control thread ----------------------------------------------------------------------------------------------
 
@@ -96,7 +100,31 @@ class Cell:
         with self._lock:
             return self._progress
 
+    @property
+    def work(self) -> Progress | None:
+        """Progress in what really is to be moved, for those who want to know when it will be over; None: not known yet.
+
+        Never falls.
+        """
+        with self._lock:
+            progress, work = self._progress, self._work
+            if not self._surveys:
+                return progress
+            if work is None:
+                return None
+            return Progress(work if progress.current >= progress.total else min(self._moved, work), work)
+
     # -- the body ----------------------------------------------------------------------------------------------------
+
+    def expect_survey(self) -> None:
+        """Progress is nothing to go by: :meth:`set_work` will be called."""
+        with self._lock:
+            self._surveys = True
+
+    def set_work(self, total: int | None) -> None:
+        """Of all there is to do, so much will be charged when it is done (bytes). None: nobody can tell after all."""
+        with self._lock:
+            self._work, self._surveys = total, total is not None
 
     def set_total(self, total: int) -> None:
         """How much there is to do altogether."""
@@ -108,6 +136,7 @@ class Cell:
         with self._lock:
             current, total = self._progress.current, self._progress.total
             self._progress = Progress(current + count, total)
+            self._moved += charged
             if charged:
                 self._limit.delay(self._clock(), charged)
 

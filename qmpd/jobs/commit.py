@@ -52,7 +52,7 @@ class CommitJob(RegionJob):
         """Put the filter above top, take the permissions, freeze the chain; or leave no trace."""
         check_speed(self._request.speed)
         cell.set_speed(self._request.speed)
-        cell.set_total(self._length)
+        self._set_goal(cell)
         overlays = self._overlays(self._plan.top)
         self._headers = [(node.opened, self._new_backing.reference(node)) for node in overlays]
         self._blank_end = self._visible_end(overlays)

@@ -55,7 +55,7 @@ class OfflineCommitJob(RegionJob):
         """Take the permissions, freeze the link; or leave no trace. A writer on the image or on base is refused."""
         check_speed(self._request.speed)
         cell.set_speed(self._request.speed)
-        cell.set_total(self._length)
+        self._set_goal(cell)
         self._layers = chain.layers(self._plan.top, self._plan.base)
         yield from quietly([self._plan.top], self._enter_graph)
 

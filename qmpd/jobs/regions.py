@@ -5,11 +5,11 @@ Source: spec/jobs-and-commit.md section 5. Worker thread.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Final
 
 from qmpd.block.copy import CopyEngine, CopyError
-from qmpd.block.extents import chain_runs
+from qmpd.block.extents import ChainRuns, chain_runs
 from qmpd.errors import QmpdError
 from qmpd.jobs.cell import Cell, Rest
 from qmpd.jobs.copying import CopyJob
@@ -36,10 +36,37 @@ class Window:
         self.length = min(2 * self.length, _WIDEST) if runs < _FEW else WINDOW
 
 
+def survey(cell: Cell, length: int, find: Callable[[int, int], ChainRuns]) -> Generator[Rest, None, None]:
+    """Tell the cell, which expects it, how much there is to move in the first ``length`` bytes.
+
+    ``find`` maps a range given by offset and length. What cannot be mapped now may be later, when it matters.
+    """
+    offset, work, window = 0, 0, Window()
+    while offset < length:
+        yield from cell.checkpoint()
+        try:
+            runs = find(offset, min(window.length, length - offset))
+        except QmpdError:
+            cell.set_work(None)
+            return
+        window.learn(len(runs))
+        work += int(runs.allocated().length.sum())
+        offset = runs.end
+    cell.set_work(work)
+
+
 class RegionJob(CopyJob):
     """A commit of images that nobody writes to."""
 
+    def _set_goal(self, cell: Cell) -> None:
+        """Say at the start how much there is to do."""
+        cell.set_total(self._length)
+        if not self._stepwise:
+            cell.expect_survey()
+
     def _copy(self, cell: Cell) -> Body:
+        if not self._stepwise:
+            yield from survey(cell, self._length, lambda *where: chain_runs(self._layers, *where))
         with CopyEngine(self._layers, self._device) as engine:
             offset, window = 0, Window()
             while offset < self._length:

@@ -36,7 +36,7 @@ from qmpd.jobs.chainjob import ChainJob
 from qmpd.jobs.copying import WRITES, as_errno
 from qmpd.jobs.job import Action, Body, Failure, check_speed, error_action
 from qmpd.jobs.pieces import CHUNK, Piece, Pieces
-from qmpd.jobs.regions import WINDOW
+from qmpd.jobs.regions import WINDOW, survey
 from qmpd.jobs.stream_plan import StreamPlan
 from qmpd.jobs.surgery import back_to_read_only, quietly
 from qmpd.steps import Steps
@@ -75,6 +75,8 @@ class StreamJob(ChainJob):
         """Put the filter above the device, take the permissions, freeze the chain; or leave no trace."""
         check_speed(self._request.speed)
         cell.set_speed(self._request.speed)
+        if not self._stepwise_until:
+            cell.expect_survey()
         self._layers = chain.layers(self._plan.device, self._plan.base)
         self._reference = self._new_backing.reference(self._plan.image)
         yield from quietly([self._plan.device], self._enter_graph)
@@ -128,6 +130,10 @@ class StreamJob(ChainJob):
             raise as_errno(self._ignored)
 
     def _copy(self, cell: Cell) -> Body:
+        if not self._stepwise_until:
+            yield from survey(
+                cell, self._length, lambda offset, length: _missing(chain_runs(self._layers, offset, length))
+            )
         with CopyEngine(self._layers, self._image) as engine:
             offset = 0
             while offset < self._length:

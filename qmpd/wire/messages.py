@@ -48,10 +48,25 @@ def error(qmp_class: str, desc: str, id: Any = NO_ID, *, pretty: bool = False) -
     return _line({"error": complaint} if id is NO_ID else {"id": id, "error": complaint}, pretty)
 
 
-def event(name: str, data: Mapping[str, Any] | None, seconds: int, microseconds: int, *, pretty: bool = False) -> bytes:
-    """An event; ``data`` is left out if the event has none. The time is the wall clock's, since the epoch."""
-    message = {"timestamp": {"seconds": seconds, "microseconds": microseconds}, "event": name}
-    return _line(message if data is None else {**message, "data": data}, pretty)
+def event(
+    name: str,
+    data: Mapping[str, Any] | None,
+    seconds: int,
+    microseconds: int,
+    *,
+    number: int | None = None,
+    pretty: bool = False,
+) -> bytes:
+    """An event; ``data`` is left out if the event has none, and so is ``number``, which only qmpd's events have.
+
+    The time is the wall clock's, since the epoch.
+    """
+    message: dict[str, Any] = {"timestamp": {"seconds": seconds, "microseconds": microseconds}, "event": name}
+    if data is not None:
+        message["data"] = data
+    if number is not None:
+        message["x-qmpd-number"] = number
+    return _line(message, pretty)
 
 
 def _line(message: Any, pretty: bool) -> bytes:

@@ -18,6 +18,10 @@ GREETING = {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}, "
 class RefusalError(Exception):
     """Raised by an answer to become an error reply."""
 
+    def __init__(self, desc: str, error_class: str = "GenericError") -> None:
+        super().__init__(desc)
+        self.error_class = error_class
+
 
 class FakeDaemon:
     """Keeps what it was asked in ``asked``; :meth:`emit` sends an event to everybody."""
@@ -30,12 +34,13 @@ class FakeDaemon:
         self._sending = trio.Lock()
         self._streams: list[trio.SocketStream] = []
 
-    async def emit(self, name: str, **data: Any) -> None:
+    async def emit(self, name: str, number: int | None = None, /, **data: Any) -> None:
         """An event; underscores in the names of members stand for hyphens."""
         stamp = {"seconds": 1_700_000_000, "microseconds": 250_000}
         members = {key.replace("_", "-"): value for key, value in data.items()}
+        numbered = {} if number is None else {"x-qmpd-number": number}
         for stream in self._streams:
-            await self._send(stream, {"timestamp": stamp, "event": name, "data": members})
+            await self._send(stream, {"timestamp": stamp, "event": name, "data": members} | numbered)
 
     async def status(self, job: str, *statuses: str) -> None:
         """JOB_STATUS_CHANGE, one for each."""
@@ -67,10 +72,12 @@ class FakeDaemon:
         name, arguments = command["execute"], command.get("arguments", {})
         self.asked.append((name, arguments))
         try:
+            if name not in self.answers:
+                raise RefusalError(f"The command {name} has not been found", "CommandNotFound")
             result = self.answers[name](arguments)
             reply = {"return": await result if hasattr(result, "__await__") else result}
         except RefusalError as refusal:
-            reply = {"error": {"class": "GenericError", "desc": str(refusal)}}
+            reply = {"error": {"class": refusal.error_class, "desc": str(refusal)}}
         await self._send(stream, {**reply, "id": command["id"]})
 
     async def _send(self, stream: trio.SocketStream, message: dict[str, Any]) -> None:

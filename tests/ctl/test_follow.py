@@ -12,7 +12,7 @@ import trio
 
 from qmpd.ctl.client import CommandError, ConnectionLostError, connect
 from qmpd.ctl.follow import JOB_EVENTS, Ending, Outcome, follow
-from qmpd.ctl.meter import Meter
+from qmpd.meter import Meter
 from tests.ctl.fake import FakeDaemon, fake_daemon, raises
 
 MIB = 1 << 20
@@ -274,3 +274,27 @@ async def test_progress_is_asked_for_while_nothing_happens(
             await follow(client, events, "j0", recorder)
 
     assert recorder.seen[:4] == [("running", 0.0), ("running", 0.25), ("paused", 0.25), ("running", 0.5)]
+
+
+async def test_progress_that_is_pushed_is_not_asked_for(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """A daemon that tells it is asked once who the job is, however long it takes; what it tells is what is shown."""
+    recorder = Recorder()
+    async with fake_daemon(tmp_path) as daemon, connect(daemon.path) as client:
+        daemon.answers["x-qmpd-subscribe"] = lambda _: {"log": "", "incarnation": "", "last": 0, "complete": True}
+        daemon.answers["query-jobs"] = lambda _: [row(done=32 * MIB)]
+
+        async def push() -> None:
+            for done in (1, 2, 4):
+                await trio.sleep(60)
+                await daemon.emit("X_QMPD_JOB_PROGRESS", id="j0", type="commit", done=done * MIB, total=4 * MIB)
+            await daemon.emit("BLOCK_JOB_COMPLETED", **block_job())
+            await daemon.status("j0", "concluded")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(push)
+            with client.events(*JOB_EVENTS) as events:
+                ending = await follow(client, events, "j0", recorder)
+
+        assert [name for name, _ in daemon.asked].count("query-jobs") == 1
+    assert ending.outcome is Outcome.COMPLETED
+    assert [fraction for _, fraction in recorder.seen] == [0.25, 0.5, 1.0, 1.0]

@@ -326,6 +326,53 @@ async def test_a_daemon_that_goes_away_ends_the_watching(daemon: FakeDaemon) -> 
     assert await process.wait() == Exit.NO_CONNECTION
 
 
+def replaying(daemon: FakeDaemon, *, complete: bool) -> None:
+    """A client that subscribes hears one numbered event, after one without a number that it replaces."""
+
+    async def subscribe(arguments: dict[str, Any]) -> dict[str, Any]:
+        assert arguments == {"progress": False, "since": 4}
+        await daemon.status("j0", "created")
+        await daemon.emit("JOB_STATUS_CHANGE", 5, id="j0", status="created")
+        return {"log": "l", "incarnation": "i", "last": 5, "complete": complete}
+
+    daemon.answers["x-qmpd-subscribe"] = subscribe
+
+
+@pytest.mark.parametrize("complete", [True, False])
+async def test_events_can_begin_in_the_past(daemon: FakeDaemon, complete: bool) -> None:
+    """With their numbers, each once; what is lost is said."""
+    replaying(daemon, complete=complete)
+
+    run = await qmpctl(daemon, "events", "--since", "4", "-n", "1", "--json")
+
+    assert (run.returncode, json.loads(run.stdout)["number"]) == (Exit.OK, 5)
+    assert run.stderr == (b"" if complete else b"qmpctl: not all events since 4 are kept\n")
+
+
+async def test_a_daemon_without_a_log_cannot_begin_in_the_past(daemon: FakeDaemon) -> None:
+    """It is said, not ignored."""
+    run = await qmpctl(daemon, "events", "--since", "4")
+
+    assert (run.returncode, run.stderr) == (Exit.FAILED, b"qmpctl: this daemon does not keep events\n")
+
+
+async def test_results_are_a_table_or_json(daemon: FakeDaemon) -> None:
+    """Also of jobs that are gone."""
+    stamp = {"seconds": 1_700_000_000, "microseconds": 0}
+    result = {"number": 7, "id": "j0", "type": "commit", "outcome": "failed", "error": "Input/output error"}
+    result |= {"offset": MIB, "len": 2 * MIB, "began": stamp, "ended": stamp, "incarnation": "i"}
+    daemon.answers["x-qmpd-job-results"] = lambda _: [result]
+
+    table = await qmpctl(daemon, "results", "--since", "3")
+    as_json = await qmpctl(daemon, "results", "--json")
+
+    assert daemon.asked[1] == ("x-qmpd-job-results", {"since": 3})
+    head, row = table.stdout.decode().splitlines()
+    assert head.split() == ["NUMBER", "ENDED", "JOB", "TYPE", "OUTCOME", "DONE", "OF", "ERROR"]
+    assert row.endswith("j0   commit  failed   1 MiB  2 MiB  Input/output error")
+    assert json.loads(as_json.stdout) == [result]
+
+
 async def test_no_daemon_is_a_status_of_its_own(tmp_path: Path) -> None:
     """Scripts can tell a missing daemon from a refused command."""
     run = await qmpctl(None, "--socket", str(tmp_path / "nothing"), "jobs")

@@ -110,3 +110,27 @@ def test_progress_from_many_threads_adds_up() -> None:
         thread.join()
 
     assert cell.progress.current == 4000
+
+
+def test_work_is_what_is_charged_once_it_is_known() -> None:
+    """Until then nothing is claimed; at the end all of it is done, whatever was charged."""
+    cell = Cell(lambda: 0.0)
+    cell.expect_survey()
+    cell.set_total(100)
+    assert cell.work is None
+    cell.set_work(10)
+    cell.advance(60, charged=4)
+    assert cell.work == Progress(4, 10)
+    cell.advance(40, charged=2)
+    assert cell.work == Progress(10, 10)
+
+
+def test_work_that_nobody_can_tell_is_progress() -> None:
+    """A survey that failed, and a job that makes none."""
+    cell = Cell(lambda: 0.0)
+    cell.set_total(100)
+    cell.advance(60, charged=4)
+    assert cell.work == Progress(60, 100)
+    cell.expect_survey()
+    cell.set_work(None)
+    assert cell.work == Progress(60, 100)

@@ -11,6 +11,7 @@ import pytest
 
 from qmpd.block.api import Perm
 from qmpd.errors import Kind, QmpdError
+from qmpd.jobs.cell import Progress
 from tests.jobs.rig import (
     AFTERWARDS,
     ALL,
@@ -58,6 +59,21 @@ async def test_success(rig: Rig) -> None:
     assert backing("mid.qcow2") == ("base.qcow2", "qcow2")
     reads("top.qcow2", *VIEW)
     reads("base.qcow2", "0x22 0 2M", "0x11 2M 2M")
+
+
+@pytest.mark.usefixtures("chain")
+async def test_work_is_what_lies_above_base(rig: Rig) -> None:
+    """Of a disk of 4 MiB only the 2 MiB that mid holds are to be copied; a step of half a MiB is a quarter of that."""
+    await rig.add(*CHAIN)
+    await rig.commit(speed=1)
+    await rig.rested()
+    life = rig.jobs.find("j0")
+
+    assert life.cell.work == Progress(MIB // 2, 2 * MIB)
+
+    rig.jobs.set_speed(life, 0)
+    await rig.gone()
+    assert life.cell.work == Progress(2 * MIB, 2 * MIB)
 
 
 @pytest.mark.usefixtures("chain")

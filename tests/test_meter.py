@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmpd.ctl.meter import WINDOW, Meter
+from qmpd.meter import WINDOW, Meter
 
 MIB = 1 << 20
 
