@@ -4,13 +4,14 @@
 
 PYTHON ?= python3
 PYTEST ?=
+FUZZ   ?= --seed 1 --count 1000000
 BENCH  ?=
 JOBS   ?= 2
 BIN    := .venv/bin
 SHELL  := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-crash bench bench-quick lint format types check-generated schema docs peers clean
+.PHONY: help demo test test-long test-crash test-fuzz bench bench-quick lint format types check-generated schema docs peers clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
@@ -26,6 +27,9 @@ test-long: .venv/.dev peers  ## the long forms of the randomised tests
 
 test-crash: .venv/.dev peers  ## kill and cut the power of commits, everywhere; CRASH_SEED=2 for other random choices
 	$(BIN)/python -m pytest -q -n $(JOBS) -m long --timeout 3600 $(PYTEST) tests/crash
+
+test-fuzz: .venv/.dev  ## a million damaged images; FUZZ="--seed 2 --count 5000" for others
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 bench: .venv/.dev peers  ## measure against qemu-storage-daemon, as ratios
 	$(BIN)/python -m tests.bench $(BENCH)

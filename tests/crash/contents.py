@@ -173,6 +173,8 @@ class Structure:
     def _refer_compressed(self, entry: int) -> None:
         shift = 62 - (self.bits - 8)
         offset, sectors = entry & ((1 << shift) - 1), (entry & (COMPRESSED - 1)) >> shift
+        if offset >= self.clusters * self.size:
+            self.errors.append(f"compressed data at {offset:#x} begins behind the end of the file")
         end = min(offset // 512 * 512 + (sectors + 1) * 512, self.clusters * self.size)
         self._refer_all("compressed data", np.arange(offset // self.size, (end - 1) // self.size + 1))
 

@@ -299,7 +299,7 @@ class Allocator:
         heads = np.flatnonzero(np.diff(clusters, prepend=-2) != 1)
         for first, last in zip(heads, np.append(heads[1:], len(clusters)) - 1, strict=True):
             low, high = int(clusters[first]) * size, (int(clusters[last]) + 1) * size
-            high = min(high, self._image.file_end)
+            high = min(high, self._image.file.length)
             if high > low:
                 self._image.file.discard(low, high - low)
 

@@ -69,6 +69,8 @@ def load_bitmaps(file: BlockDevice, header: Header) -> list[Bitmap]:
     for broken, text in rules:
         if broken:
             raise _bad(text)
+    # What the file does not have would be zeros, which are no entry: one look at them finds the words for it.
+    size = min(size, max(0, file.length - offset) + _ENTRY.size)
     return _directory(bytes(read_padded(file, offset, size)), count, header)
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from qmpd.block.api import BlockDevice
 from qmpd.block.debug import Event, announcer
 from qmpd.block.drivers.qcow2.tables import U64
-from qmpd.units import align_up
+from qmpd.units import align_up, ceil_div
 
 Array = npt.NDArray[Any]
 
@@ -191,7 +191,10 @@ class TableCache:
 
 
 class PointerTable:
-    """The L1 table or the refcount table: wholly in memory, changed entry by entry."""
+    """The L1 table or the refcount table: in memory as far as the file has it, changed entry by entry.
+
+    What a header claims behind the end of the file takes no memory; before such a table is written it is completed.
+    """
 
     def __init__(self, file: BlockDevice, offset: int, entries: U64, update: Event) -> None:
         """``update`` is announced before the table is written."""
@@ -203,8 +206,16 @@ class PointerTable:
 
     @classmethod
     def load(cls, file: BlockDevice, offset: int, count: int, update: Event) -> PointerTable:
+        """``count`` entries at host byte ``offset``, without those wholly behind the file's end: they are 0."""
+        count = min(count, ceil_div(max(0, file.length - offset), 8))
         entries = np.frombuffer(read_padded(file, offset, count * 8), ">u8").astype(np.uint64)
         return cls(file, offset, entries, update)
+
+    def complete(self, count: int) -> None:
+        """Have all ``count`` entries that the header claims."""
+        missing = count - len(self.entries)
+        if missing > 0:
+            self.entries = np.append(self.entries, np.zeros(missing, np.uint64))
 
     def set_file(self, file: BlockDevice) -> None:
         """Go on with another device for the same bytes."""

@@ -10,6 +10,11 @@ from typing import Final
 import zstandard
 
 from qmpd.errors import Kind, QmpdError
+from qmpd.units import MIB
+
+#: The history that a stream may ask to be kept, bytes: what decoders should support by RFC 8878, and more than the
+#: largest cluster. Without a limit a few bytes can ask for 128 MiB.
+_MAX_WINDOW: Final = 8 * MIB
 
 
 def _inflate(data: bytes, size: int) -> bytes:
@@ -18,7 +23,8 @@ def _inflate(data: bytes, size: int) -> bytes:
 
 
 def _unzstd(data: bytes, size: int) -> bytes:
-    with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data), read_across_frames=True) as reader:
+    decoder = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+    with decoder.stream_reader(io.BytesIO(data), read_across_frames=True) as reader:
         out = bytearray()
         while len(out) < size:
             piece = reader.read(size - len(out))

@@ -214,7 +214,10 @@ class Image:
         l2_offsets = l2_offsets[(l2_offsets != 0) & (l2_offsets & unit == 0)]
         block_offsets = block_offsets[block_offsets != 0]
         rules = (
-            (bool(len(l1)) and header.l1_offset + len(l1) * 8 > end, "L1 table lies behind the end of the file"),
+            (
+                bool(header.l1_size) and header.l1_offset + header.l1_size * 8 > end,
+                "L1 table lies behind the end of the file",
+            ),
             (header.refcount_table_offset >= end, "refcount table lies behind the end of the file"),
             (bool((l2_offsets >= end).any()), "L2 table lies behind the end of the file"),
             (bool((block_offsets >= end).any()), "refcount block lies behind the end of the file"),

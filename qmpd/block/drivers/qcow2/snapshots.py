@@ -53,6 +53,8 @@ def load_snapshots(file: BlockDevice, header: Header) -> list[Snapshot]:
     snapshots: list[Snapshot] = []
     offset = header.snapshots_offset
     for index in range(header.nb_snapshots):
+        if offset >= file.length:
+            raise QmpdError(f"Snapshot table entry {index} lies behind the end of the file", Kind.CORRUPT)
         snapshot = _load(file, offset, index)
         snapshots.append(snapshot)
         offset += snapshot.entry_size

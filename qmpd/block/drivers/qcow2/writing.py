@@ -75,6 +75,8 @@ class Writer:
             rebuild_refcounts(image)
         else:
             image.check_refcounts()
+            size = image.geometry.cluster_size
+            image.meta.refcount_table.complete(image.header.refcount_table_clusters * size // 8)
         known = image.header.autoclear & KNOWN_AUTOCLEAR
         if known != image.header.autoclear:
             image.write_header(replace(image.header, autoclear=known))

@@ -1,0 +1,82 @@
+"""Fuzz the qcow2 driver: ``python -m tests.fuzz --seed 1 --count 1000000``. See ``make test-fuzz``.
+
+Every execution has a number; ``--seed S --first N --count 1`` repeats number N. Failures are printed with what repeats
+them, and make the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from types import FrameType
+
+from tests.fuzz.execute import FoundError, execute
+from tests.fuzz.mutate import mutated
+from tests.fuzz.seeds import seeds
+
+#: Seconds that one execution may take: far more than any needs, on a busy machine too.
+PATIENCE = 60
+#: Address space for the whole program, bytes: who asks for more gets a MemoryError.
+MEMORY = 2 << 30
+#: Every so many executions the memory is measured.
+MEASURE = 499
+_MAX_FAILURES = 20
+
+
+def run(seed: int, first: int, count: int, *, patience: int = PATIENCE) -> tuple[Counter[str], list[str]]:
+    """Executions ``first`` and following; what happened, and a line for each failure."""
+    sources, outcomes, failures = seeds(), Counter[str](), list[str]()
+    for number in range(first, first + count):
+        rng = random.Random(f"{seed}/{number}")
+        source = rng.choice(sources)
+        raw = mutated(source, rng)
+        if patience:
+            signal.alarm(patience)
+        try:
+            execute(raw, rng, outcomes, measure=number % MEASURE == 0)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it was found
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            failures.append(
+                f"--seed {seed} --first {number} --count 1 ({source.name}): {type(error).__name__}: {error}"
+                f" [{where.filename.rpartition('/')[2]}:{where.lineno}]"
+            )
+            if len(failures) >= _MAX_FAILURES:
+                break
+        outcomes["executions"] += 1
+    if patience:
+        signal.alarm(0)
+    return outcomes, failures
+
+
+def _too_long(_: int, __: FrameType | None) -> None:
+    raise FoundError(f"no end after {PATIENCE} seconds")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1_000_000)
+    options = parser.parse_args()
+    signal.signal(signal.SIGALRM, _too_long)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    logging.disable()
+    start = time.monotonic()
+    outcomes, failures = run(options.seed, options.first, options.count)
+    elapsed = time.monotonic() - start
+    print("\n".join(failures))
+    done = outcomes.pop("executions", 0)
+    print(f"seed {options.seed}, from {options.first}: {done} executions, {done / elapsed:.0f} a second")
+    print(", ".join(f"{number} {what}" for what, number in sorted(outcomes.items())))
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
