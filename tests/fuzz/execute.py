@@ -187,6 +187,7 @@ def _write(raw: bytes, rng: random.Random, outcomes: Counter[str]) -> None:
         image.close()
     except QmpdError:
         outcomes["not flushed"] += 1
+        ranges = [(offset, length, False) for offset, length, _ in ranges]
     if sound:
         outcomes["sound"] += 1
         _judge(bytes(file.content), before, ranges)

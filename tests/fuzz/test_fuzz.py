@@ -223,3 +223,91 @@ def test_clusters_given_up_at_a_ragged_end_are_discarded_inside_the_file() -> No
     image.close()
 
     assert file.discarded == [(last, 512)]
+
+
+# -- clusters given out twice ------------------------------------------------------------------------------------------
+
+
+def two_tables(*, refcount: int) -> tuple[MemoryFile, int]:
+    """An image with two L2 tables, the second of which has a cluster with that refcount; and that cluster's offset."""
+    made = mkimages.Img(cb=9, size=64 << 10)
+    made.data(0, b"first")
+    used = made.data(64, b"second")
+    made.data(1, b"behind it")
+    made.ref[used // made.cs] = refcount
+    made.build()
+    file = MemoryFile(bytes(made.next * made.cs))
+    for offset, data in made.chunks.items():
+        file.write(offset, data)
+    return file, used
+
+
+def test_a_cluster_that_looks_free_is_not_written_by_two() -> None:
+    """Whoever gets it, the guest cluster that had it all along does not write there any more."""
+    file, used = two_tables(refcount=0)
+    image = Qcow2.open({"file": file}, {}, read_only=False)
+    for cluster in range(2, 60):
+        image.write(cluster * 512, b"n" * 512)
+    assert file.content[used : used + 512] == b"n" * 512
+
+    with pytest.raises(QmpdError, match=f"Cluster offset {used:#x} was free"):
+        image.write(64 * 512, b"o" * 512)
+
+    assert file.content[used : used + 512] == b"n" * 512
+
+
+def test_a_cluster_that_looks_free_is_not_given_out_beside_its_user() -> None:
+    """Nothing is written below a table that refers to such a cluster."""
+    file, used = two_tables(refcount=0)
+    before = bytes(file.content[used : used + 512])
+    image = Qcow2.open({"file": file}, {}, read_only=False)
+
+    with pytest.raises(QmpdError, match=f"Cluster at {used:#x} is in use, but its refcount is 0"):
+        image.write(65 * 512, b"n" * 512)
+
+    assert file.content[used : used + 512] == before
+
+
+def test_growing_does_not_make_an_old_entry_good() -> None:
+    """An entry that pointed behind the end of the file does so no more when the file has grown, but is not followed."""
+    file, used = two_tables(refcount=1)
+    end = len(file.content)
+    table = file.content.index(struct.pack(">Q", used | mkimages.COPIED))
+    file.write(table, struct.pack(">Q", end + 512 * 3 | mkimages.COPIED))
+    image = Qcow2.open({"file": file}, {}, read_only=False)
+    for cluster in range(2, 60):
+        image.write(cluster * 512, b"n" * 512)
+
+    with pytest.raises(QmpdError, match="was free"):
+        image.write(64 * 512, b"o" * 512)
+
+
+def test_the_whole_of_a_good_image_can_be_written_again() -> None:
+    """Clusters given up and taken again, tables read again after they left the cache: none of it looks stale."""
+    file, _ = two_tables(refcount=1)
+    for fill in range(1, 5):
+        image = Qcow2.open({"file": file}, {"l2-cache-size": 512, "refcount-cache-size": 512}, read_only=False)
+        image.discard(0, image.length // 2)
+        image.flush()
+        for offset in range(0, image.length, 512 * 7):
+            image.write(offset, bytes([fill]) * min(512 * 7, image.length - offset))
+            image.flush()
+        assert read(image, 0, image.length) == bytes([fill]) * image.length
+        image.close()
+
+
+def test_a_bitmap_table_far_behind_the_end_is_a_finding(tmp_path: Path) -> None:
+    """Offsets that no file can have are counted as corruption, as qemu-img does."""
+    need("qemu-img")
+    seed = next(seed for seed in seeds() if seed.name == "bitmaps")
+    raw = bytearray(seed.raw)
+    entry = raw.index(b"b0" + bytes(6)) - 24
+    struct.pack_into(">Q", raw, entry, (1 << 64) - seed.cluster_size)
+    path = tmp_path / "image.qcow2"
+    path.write_bytes(raw)
+    told = _ask("check", "--output=json", "-f", "qcow2", path)
+
+    result = Qcow2.open({"file": MemoryFile(raw)}, {}, read_only=True).check(fix_leaks=False, pulse=lambda: None)
+
+    assert result.corruptions > 0
+    assert told.returncode in (1, 2)

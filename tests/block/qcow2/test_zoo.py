@@ -55,11 +55,11 @@ UNWRITABLE = {
     "odd-l2e-eof": "Cluster offset 0x10000000000 behind the end of the file",
     "odd-l2e-reserved": "L2 entry 0xbf000000000301fe has reserved bits set",
     "bad-l2e-zero-v2": "Zero cluster entry found in pre-v3 image",
-    "bad-comp-eof": "Cluster at 0x10000000000 is in use, but its refcount is 0",
+    "bad-comp-eof": "Cluster offset 0x10000000000 behind the end of the file",
     "bad-comp-garbage": "Preventing invalid free of metadata .overlaps with active L2 table",
     "bad-extl2-both": "Invalid cluster entry found",
     "bad-extl2-alloc": "Invalid cluster entry found",
-    "bad-rc-zero": "Cluster at 0x30000 has the copied flag, but its refcount is not 1",
+    "bad-rc-zero": "Cluster at 0x30000 is in use, but its refcount is 0",
 }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from qmpd.block.debug import Event
 from qmpd.block.drivers.qcow2.cache import Table
 from qmpd.block.drivers.qcow2.header import MAX_REFCOUNT_TABLE
-from qmpd.block.drivers.qcow2.tables import I64, MAX_HOST, U64
+from qmpd.block.drivers.qcow2.tables import I64, MAX_HOST, U64, Bools
 from qmpd.errors import Kind, QmpdError, strerror
 from qmpd.units import ceil_div
 
@@ -45,6 +45,11 @@ class Allocator:
         #: No cluster from here on was ever written: they read as zeros once the file reaches them.
         self.virgin = ceil_div(image.file_end, image.geometry.cluster_size)
         self._freed: list[Freed] = []
+        #: Where the file ended at first: what lay behind was nobody's.
+        self._old_end = self.virgin
+        #: By refcount block, which clusters of the old file were taken since: entries older than that must not refer
+        #: to them.
+        self._taken: dict[int, Bools] = {}
 
     # -- taking ----------------------------------------------------------------------------------------------------
 
@@ -77,6 +82,8 @@ class Allocator:
             return int(self.allocate(1)[0])
         image.announce(Event.CLUSTER_ALLOC)
         block.data[position] = 1
+        if cluster < self._old_end:
+            self._note_taken(index, slice(position, position + 1))
         image.meta.refcount_blocks.touch(block, position, position + 1)
         self._cursor = cluster + 1
         self.virgin = max(self.virgin, cluster + 1)
@@ -92,6 +99,8 @@ class Allocator:
         self._cursor = base + (int(free[-1]) + 1 if len(free) == count else len(window))
         if len(free):
             window[free] = 1
+            if base < self._old_end:
+                self._note_taken(index, free + position)
             self._image.meta.refcount_blocks.touch(block, position + int(free[0]), position + int(free[-1]) + 1)
         return free + base
 
@@ -103,7 +112,27 @@ class Allocator:
             return int(self._accept(np.arange(count, dtype=np.int64) + self._append_region(count))[0])
         clusters = np.arange(first, first + count, dtype=np.int64)
         self._refcounts.add(clusters, +1)
+        index = first // self._refcounts.per_block
+        if first < self._old_end:
+            self._note_taken(index, clusters - index * self._refcounts.per_block)
         return int(self._accept(clusters)[0])
+
+    def _note_taken(self, index: int, positions: I64 | slice) -> None:
+        taken = self._taken.get(index)
+        if taken is None:
+            taken = self._taken[index] = np.zeros(self._refcounts.per_block, np.bool_)
+        taken[positions] = True
+
+    def newcomer(self, clusters: I64) -> int | None:
+        """The first of ``clusters`` that came into use after the image was opened, or lies behind its old end."""
+        index = clusters // self._refcounts.per_block
+        new = clusters >= self._old_end
+        for block in np.unique(index).tolist():
+            taken = self._taken.get(block)
+            if taken is not None:
+                mask = index == block
+                new[mask] |= taken[clusters[mask] - block * self._refcounts.per_block]
+        return int(clusters[int(new.argmax())]) if new.any() else None
 
     def _find_run(self, count: int) -> int | None:
         """A gap in the blocks that exist, from the cursor on."""

@@ -62,6 +62,8 @@ class Clusters:
         self._image = image
         self._geometry = image.geometry
         self.all_units = (1 << image.geometry.units) - 1
+        #: Host offsets of the L2 tables that may be relied on when writing.
+        self._vetted: set[int] = set()
 
     # -- tables ----------------------------------------------------------------------------------------------------
 
@@ -106,8 +108,11 @@ class Clusters:
                 raise image.corruption(f"L2 table offset {offset:#x} behind the end of the file")
             if image.refcounts.get(offset // size) != 1:
                 raise image.corruption(f"L2 table at {offset:#x} has the copied flag, but its refcount is not 1")
-            return image.meta.l2.get(offset)
+            table = image.meta.l2.get(offset)
+            self.vet(table)
+            return table
         if offset:
+            self.vet(image.meta.l2.get(offset))
             image.announce(Event.L2_ALLOC_COW_READ)
             data = image.meta.l2.get(offset).data.copy()
         else:
@@ -116,11 +121,51 @@ class Clusters:
         image.announce(Event.L2_ALLOC_WRITE)
         table = image.meta.l2.create(cluster * size, data)
         image.meta.l1[l1_index] = cluster * size | COPIED
+        self._vetted.add(cluster * size)
         image.overlap.l2.add(cluster)
         if offset:
             image.alloc.free_later(np.array([offset // size], np.int64))
             image.overlap.l2.discard(offset // size)
         return table
+
+    def vet(self, table: Table) -> None:
+        """Look at all of a table before the first write below it. Raises CORRUPT.
+
+        What its entries refer to must be in use by the counts, and have been when the image was opened: a cluster that
+        looked free has perhaps been given to somebody else since.
+        """
+        if table.offset in self._vetted:
+            return
+        image, size = self._image, self._geometry.cluster_size
+        clusters = self._ends(table.data)
+        if len(clusters):
+            new = image.alloc.newcomer(clusters)
+            if new is not None:
+                where = "behind the end of the file" if new * size >= image.file_end else "was free"
+                raise image.corruption(f"Cluster offset {new * size:#x} {where}")
+            free = image.refcounts.get_many(clusters) == 0
+            if free.any():
+                at = int(clusters[int(free.argmax())]) * size
+                raise image.corruption(f"Cluster at {at:#x} is in use, but its refcount is 0")
+        self._vetted.add(table.offset)
+
+    def vet_tables(self, clusters: I64) -> None:
+        """:meth:`vet` the tables that these clusters belong to."""
+        for l1_index, _, _ in self._groups(clusters):
+            table = self.table(l1_index)
+            if table is not None:
+                self.vet(table)
+
+    def _ends(self, entries: U64) -> I64:
+        """The first and the last host cluster of everything that the entries refer to and that can be followed."""
+        first, size = entries[:, 0], self._geometry.cluster_size
+        compressed = (first & np.uint64(COMPRESSED)) != 0
+        plain = (first[~compressed] & np.uint64(OFFSET_MASK)).astype(np.int64)
+        ends: I64 = plain[(plain != 0) & (plain % size == 0)] // size
+        if not compressed.any():
+            return ends
+        start, length = self._geometry.compressed_spans(first[compressed])
+        return np.concatenate((ends, start // size, (start + length - 1) // size))
 
     # -- entries ---------------------------------------------------------------------------------------------------
 

@@ -193,7 +193,7 @@ class References:
                 self._report.note(Severity.ERROR, position, "snapshot-l1-offset", offset, text)
             else:
                 self._region(offset, entries * 8, "snapshot-l1-offset", position)
-                self._l1_table(self._words(offset, entries), offset, active=False)
+                self._l1_table(self._words(offset, self._inside(offset, entries)), offset, active=False)
             position += snapshot.entry_size
 
     def _bitmaps(self) -> None:
@@ -206,9 +206,10 @@ class References:
         for bitmap in image.bitmaps:
             self._region(bitmap.table_offset, bitmap.table_entries * 8, "bitmap-table-offset", offset)
             step = _BITMAP_PIECE // 8
-            for start in range(0, bitmap.table_entries, step):
+            entries = self._inside(bitmap.table_offset, bitmap.table_entries)
+            for start in range(0, entries, step):
                 self._pulse()
-                count = min(step, bitmap.table_entries - start)
+                count = min(step, entries - start)
                 self._bitmap_table(bitmap.table_offset + start * 8, count)
 
     def _bitmap_table(self, offset: int, count: int) -> None:
@@ -222,6 +223,10 @@ class References:
         self._spans(host[used], np.int64(self._size), "bitmap-table-entry", at[used], entries[used])
 
     # -- counting --------------------------------------------------------------------------------------------------
+
+    def _inside(self, offset: int, entries: int) -> int:
+        """How many of the 8-byte ``entries`` from ``offset`` on the file has; the others are zeros."""
+        return min(entries, ceil_div(max(0, self._file_length - offset), 8))
 
     def _words(self, offset: int, count: int) -> U64:
         return np.frombuffer(read_padded(self._image.file, offset, count * 8), ">u8").astype(np.uint64)

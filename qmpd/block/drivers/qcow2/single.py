@@ -106,6 +106,7 @@ class Single:
         table = self._clusters.table(offset >> geometry.span_bits)
         if table is None:
             return 0
+        self._clusters.vet(table)
         row = table.data[(offset >> geometry.cluster_bits) & (geometry.l2_entries - 1)]
         entry = int(row[0])
         if entry & (_NOT_IN_PLACE | ZERO) or not self._is_own(entry):
@@ -150,6 +151,8 @@ class Single:
     def _take(self, claim: Claim, cluster: int) -> Remap | None:
         image, l1_index = self._image, cluster >> self._geometry.l2_bits
         table = self._clusters.table(l1_index)
+        if table is not None:
+            self._clusters.vet(table)
         entry = 0 if table is None else int(table.data[cluster & (self._geometry.l2_entries - 1), 0])
         virgin = image.alloc.virgin << self._geometry.cluster_bits
         if entry & OFFSET_MASK:

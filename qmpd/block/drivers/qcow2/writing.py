@@ -161,6 +161,7 @@ class Writer:
     def _plan(self, claim: Claim, clusters: I64) -> Plan:
         image, size = self._image, self._geometry.cluster_size
         states = self._clusters.load(clusters)
+        self._clusters.vet_tables(clusters)
         self._clusters.check_exclusive(states, states.exclusive)
         fresh = ~states.exclusive
         self._clusters.check_dropped(states.entries[fresh])
