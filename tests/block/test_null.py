@@ -24,6 +24,13 @@ class TestConformance(Conformance):
         return DRIVERS["null-co"].open({}, {"size": length}, read_only=False)
 
 
+class TestConformanceOfNullAio(TestConformance):
+    """The other name of the same."""
+
+    def create(self, directory: Path, length: int) -> Driver:
+        return DRIVERS["null-aio"].open({}, {"size": length}, read_only=False)
+
+
 def test_defaults() -> None:
     """1 GiB, and a plain name as long as nothing is out of the ordinary."""
     null = DRIVERS["null-co"].open({}, {}, read_only=False)
