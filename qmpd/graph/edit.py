@@ -343,6 +343,7 @@ class Edit:
         The caller has flushed the node (a blocking call) before the edit.
         """
         if node.read_only != read_only:
+            node.check_reopens()
             self.reopen(node, replace(node.spec, read_only=read_only))
         for edge in node.children.values():
             child = edge.node

@@ -278,6 +278,12 @@ class Node:
             shared &= edge.shared
         return perm, shared
 
+    def check_reopens(self) -> None:
+        """Raise unless the driver can go on with other flags or options."""
+        if not self.opened.reopens:
+            text = f"Block format '{self.driver_name}' used by node '{self.name}' does not support reopening files"
+            raise QmpdError(text, Kind.UNSUPPORTED, node=self.name)
+
     # -- operation blockers ----------------------------------------------------------------------------------------
 
     def check_op(self, operation: str) -> None:

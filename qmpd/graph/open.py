@@ -20,7 +20,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -151,16 +151,23 @@ class _Opener:
             raise QmpdError(f"Unknown driver '{spec.driver}'", Kind.UNSUPPORTED)
         effective = spec.effective(place.parent_spec, backing=place.backing)
         node = _new_node(spec, effective, place.parent)
-        children: dict[str, Node] = {}
-        for slot, child in spec.children.items():
-            if slot != "backing" and child is not None:
-                children[slot] = yield from self._child(child, place.below(node))
+        # As in QEMU: the file is opened before the node's name is looked at, what only the driver knows of after it.
+        early = yield from self._children(spec, lambda slot: slot == "file", place.below(node))
         self._register(node, effective)
-        self._attach(node, children)
+        late = yield from self._children(spec, lambda slot: slot not in ("file", "backing"), place.below(node))
+        self._attach(node, early | late)
         yield from self._open_driver(node, driver_class, place)
         if driver_class.supports_backing:
             yield from self._open_backing(node, place)
         return node
+
+    def _children(self, spec: NodeSpec, wanted: Callable[[str], bool], place: _Place) -> Steps[dict[str, Node]]:
+        """Those in the slots that are wanted."""
+        children: dict[str, Node] = {}
+        for slot, child in spec.children.items():
+            if wanted(slot) and child is not None:
+                children[slot] = yield from self._child(child, place)
+        return children
 
     def _child(self, child: NodeSpec | str, place: _Place) -> Steps[Node]:
         """An existing node by name, or a new one."""

@@ -13,14 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Final
 
 from qmpd.block.api import Role
-from qmpd.errors import Kind, QmpdError
+from qmpd.errors import QmpdError
 from qmpd.graph.edit import Edit, Graph
 from qmpd.graph.node import Backend, Edge, Node
 from qmpd.graph.open import check_common, driver_options
 from qmpd.graph.permissions import child_role
 from qmpd.graph.spec import NodeSpec
+
+#: What only these drivers can be without from now on; elsewhere an option once given can only be given again.
+_RESETTABLE: Final = {
+    "qcow2": None,
+    "raw": frozenset({"offset", "size"}),
+    "throttle": frozenset({"throttle-group"}),
+    "preallocate": None,
+}
 
 Wanted = dict[Node, NodeSpec]
 """Node -> its new description; of several for one node, the last."""
@@ -56,24 +65,27 @@ class _Reopening:
     def run(self) -> None:
         for node, spec in self.wanted.items():
             self._check(node, spec)
-        for node, spec in self.wanted.items():
-            for slot, child in spec.children.items():
-                self._set_child(node, slot, child)
+            for slot in sorted(spec.children):  # backing before file, as QEMU takes them
+                self._set_child(node, slot, spec.children[slot])
+            self._check_fixed(node, spec)
         for node in self.wanted:
             self._reopen(node)
             self._take_along(node)
 
     def _check(self, node: Node, spec: NodeSpec) -> None:
-        """What may not change at all."""
+        """Can the node be reopened so, whatever its children?"""
         driver = node.opened
+        node.check_reopens()
+        if spec.driver != node.driver_name:
+            _check_kept(node, spec)
         takes_backing = driver.supports_backing and not node.is_filter
         if takes_backing and "backing" not in spec.children and (node.cow_edge or driver.backing_reference):
             raise QmpdError(f"backing is missing for '{node.name}'", node=node.name)
+
+    def _check_fixed(self, node: Node, spec: NodeSpec) -> None:
+        """What may not change at all."""
         if spec.driver != node.driver_name:
             raise _unchangeable(node, "driver")
-        if not driver.reopens:
-            text = f"Block format '{node.driver_name}' used by node '{node.name}' does not support reopening files"
-            raise QmpdError(text, Kind.UNSUPPORTED, node=node.name)
         if bool(spec.force_share) != node.force_share and not _follows(node, "force-share", spec):
             raise _unchangeable(node, "force-share")
         if spec.active is not None and spec.active != node.active:
@@ -156,6 +168,15 @@ def _follows(node: Node, option: str, spec: NodeSpec) -> bool:
 
 def _unchangeable(node: Node, option: str) -> QmpdError:
     return QmpdError(f"Cannot change the option '{option}'", node=node.name)
+
+
+def _check_kept(node: Node, spec: NodeSpec) -> None:
+    """A description for another driver fails, as at the peer, at the first option that it would have to forget."""
+    resettable = _RESETTABLE.get(node.driver_name, frozenset())
+    if resettable is None:
+        return
+    for option in sorted(node.spec.options.keys() - spec.options.keys() - resettable):
+        raise QmpdError(f"Option '{option}' cannot be reset to its default value", node=node.name)
 
 
 def _check_same(node: Node, slot: str, edge: Edge | None, described: NodeSpec) -> None:

@@ -169,6 +169,10 @@ class ActiveCommitJob(CopyJob):
                     if (yield from self._copy(cell, engine, HELD)):
                         return
                 elif not self._is_ready and (rest == 0 or (rest <= HELD and self._gives_up(cell))):
+                    # A limit holds the last piece as well: at "speed: 1" clients rely on a job that is not ready yet.
+                    yield from cell.pace()
+                    if self._dirty.bytes > rest:
+                        continue
                     yield from self._harden()
                     self._is_ready, self._enough = True, 0
                     yield Ready()
