@@ -117,7 +117,7 @@ def _image(graph: Graph, args: ChangeBackingFile) -> Node:
     device = graph.get(args.device, args.device)
     device.check_root()
     image = graph.get(args.image_node_name)
-    if chain.next_image(image) is None:
+    if image.chain_edge is None:
         raise QmpdError("not allowing backing file change on an image without a backing file", node=image.name)
     device.check_op("change")
     if not chain.contains(device, image):

@@ -23,7 +23,13 @@ def _conflict_with(job: str) -> Callable[[dict[str, Any], str, str], bool]:
 
 STREAM_INTO_FILTER = "A stream into a filter"
 
+
+def _without_prefix(_command: dict[str, Any], ours: str, theirs: str) -> bool:
+    return bool(ours) and theirs == f"Could not create node: {ours}"
+
+
 EXPLANATIONS: tuple[Explanation, ...] = (
+    Explanation("A stream whose filter finds no room", _without_prefix),
     Explanation("Other writers beside an active commit", _conflict_with("commit")),
     Explanation("Other writers beside a stream", _conflict_with("stream")),
 )

@@ -129,6 +129,8 @@ class Qcow2(Driver):
         return self._writer.place(offset, length)
 
     def truncate(self, length: int) -> None:
+        if self.read_only:
+            raise QmpdError("Image is read-only", Kind.PERMISSION)
         self._resizer.check(length)
         # Requests to the part that goes stop now, those to the part that comes begin at the end.
         self._length = min(self._length, length)
