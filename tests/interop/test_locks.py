@@ -51,6 +51,20 @@ def test_readers_share_and_keep_out_writers(chain: Chain, holder: Program, other
         assert refusal.value.desc == WRITER
 
 
+@PAIRS
+def test_a_lock_dies_with_its_holder(chain: Chain, holder: Program, other: Program) -> None:
+    """Killed, a program leaves nothing behind that would keep the image from the next one."""
+    need(holder.argv[0], other.argv[0])
+    with holder.start(chain.directory) as first, client_of(other, chain) as second:
+        with first.client() as client:
+            client.execute_with("blockdev-add", chain.blockdev("base"))
+            with pytest.raises(CommandError):
+                second.execute_with("blockdev-add", chain.blockdev("base"))
+            first.process.kill()
+            first.process.wait()
+        second.execute_with("blockdev-add", chain.blockdev("base"))
+
+
 def test_qemu_io_and_qemu_img_keep_off_a_chain_that_is_open(chain: Chain, daemon: Daemon) -> None:
     """The active layer cannot be opened at all, what lies below only for reading."""
     with daemon.client() as client:
