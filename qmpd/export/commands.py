@@ -1,0 +1,258 @@
+"""Carrying out requests: the checks in the peer's order, then the work (spec/nbd-export.md sections 9 and 10)."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from qmpd.block.api import BlockDevice
+from qmpd.block.extents import RunKind
+from qmpd.errors import QmpdError
+from qmpd.export.status import extents
+from qmpd.nbd.constants import MAX_PAYLOAD, Command, CommandFlag
+from qmpd.nbd.exportinfo import ExportInfo, Negotiated
+from qmpd.nbd.transmission import COMMAND_NAMES, Buffer, Request, Wire, wire_errno
+from qmpd.units import KIB, MIB, align_down, align_up
+
+Pieces = list[Buffer]
+
+_FUA: Final = CommandFlag.FUA
+_WRITING: Final = frozenset({Command.WRITE, Command.TRIM, Command.WRITE_ZEROES})
+_LIMITED: Final = frozenset({Command.READ, Command.WRITE, Command.CACHE})
+
+_FAILED: Final = {
+    Command.READ: "reading from file failed",
+    Command.WRITE: "writing to file failed",
+    Command.WRITE_ZEROES: "writing to file failed",
+    Command.FLUSH: "flush failed",
+    Command.TRIM: "discard failed",
+    Command.CACHE: "caching data failed",
+    Command.BLOCK_STATUS: "can't get block status",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What requests go to, as long as they are inside the gate."""
+
+    device: BlockDevice
+    #: The images of the chain from the top down, filters left out.
+    layers: Sequence[BlockDevice]
+    #: May space be given back?
+    unmap: bool
+    active: bool
+
+
+class RefusedError(Exception):
+    """The request is answered with an error; ``number`` is as on the wire."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(text)
+        self.number = number
+        self.text = text
+
+
+class Commands:
+    """The commands of one connection. One thread at a time; what touches the device happens inside the gate."""
+
+    def __init__(self, info: ExportInfo, negotiated: Negotiated, wire: Wire, *, writethrough: bool) -> None:
+        self._info = info
+        self._wire = wire
+        self._writethrough = writethrough
+        self._contexts = negotiated.contexts
+        self._allowed = _allowed(wire)
+        self._zeroes = bytes(64 * KIB)
+        self._work: dict[int, Callable[[Target, Request, Buffer], Pieces]] = {
+            Command.READ: self._read,
+            Command.WRITE: self._write,
+            Command.FLUSH: self._flush,
+            Command.TRIM: self._trim,
+            Command.CACHE: self._cache,
+            Command.WRITE_ZEROES: self._write_zeroes,
+            Command.BLOCK_STATUS: self._block_status,
+        }
+
+    def run(self, target: Target, request: Request, payload: Buffer) -> Pieces:
+        """The reply in pieces. Raises for nothing that a client or an image does."""
+        try:
+            self._check(request)
+            if not target.active and request.command != Command.READ:
+                raise RefusedError(wire_errno(errno.EPERM), "export is inactive")
+            return self._work[request.command](target, request, payload)
+        except RefusedError as refused:
+            return [self._wire.error(request.cookie, request.offset, refused.number, refused.text)]
+        except QmpdError as error:
+            return [
+                self._wire.error(
+                    request.cookie, request.offset, wire_errno(error.errno), _FAILED[Command(request.command)]
+                )
+            ]
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def _check(self, request: Request) -> None:
+        _, flags, command, _, offset, length = request
+        if length > MAX_PAYLOAD and command in _LIMITED:
+            raise RefusedError(wire_errno(errno.EINVAL), f"len ({length}) is larger than max len ({MAX_PAYLOAD})")
+        if command in _WRITING and not self._info.writable:
+            raise RefusedError(wire_errno(errno.EPERM), "Export is read-only")
+        size = self._info.size
+        reach = 0 if command == Command.BLOCK_STATUS and flags & CommandFlag.PAYLOAD_LEN else length
+        if offset + reach > size:
+            text = f"operation past EOF; From: {offset}, Len: {length}, Size: {size}"
+            raise RefusedError(wire_errno(errno.ENOSPC if command in _WRITING else errno.EINVAL), text)
+        if flags & ~self._allowed.get(command, _FUA):
+            name = COMMAND_NAMES.get(Command(command), "<unknown>") if command in COMMAND_NAMES else "<unknown>"
+            raise RefusedError(wire_errno(errno.EINVAL), f"unsupported flags for command {name} (got 0x{flags:x})")
+        if command not in self._work:
+            raise RefusedError(wire_errno(errno.EINVAL), f"invalid request type ({command}) received")
+
+    # -- the commands --------------------------------------------------------------------------------------------------
+
+    def _read(self, target: Target, request: Request, _: Buffer) -> Pieces:
+        wire, cookie, offset, length = self._wire, request.cookie, request.offset, request.length
+        flags = request.flags
+        if flags & _FUA:
+            target.device.flush()
+        if wire.structured and length and not flags & CommandFlag.DF and self._may_be_empty(target, offset, length):
+            return self._read_sparse(target, request)
+        data = bytearray(length)
+        if length:
+            target.device.readinto(offset, memoryview(data))
+        return [wire.data(cookie, offset, offset, length), data]
+
+    def _may_be_empty(self, target: Target, offset: int, length: int) -> bool:
+        """Is a question for holes worth its time? For small reads a look at both ends tells."""
+        if length > 64 * KIB:
+            return True
+        if length < 1 * KIB:
+            return False
+        edge = memoryview(bytearray(512))
+        target.device.readinto(offset, edge)
+        if edge == self._zeroes[:512]:
+            return True
+        target.device.readinto(offset + length - 512, edge)
+        return edge == self._zeroes[:512]
+
+    def _read_sparse(self, target: Target, request: Request) -> Pieces:
+        """Data and holes in ascending order."""
+        wire, (_, _, _, cookie, offset, length) = self._wire, request
+        pieces: Pieces = []
+        end = offset + length
+        found = extents(target.layers, "base:allocation", offset, length, one=False)
+        for size, flags in found:
+            last = offset + size == end
+            if flags:
+                pieces.append(wire.hole(cookie, request.offset, offset, size, last=last))
+            else:
+                data = bytearray(size)
+                target.device.readinto(offset, memoryview(data))
+                pieces += [wire.data(cookie, request.offset, offset, size, last=last), data]
+            offset += size
+        return pieces
+
+    def _write(self, target: Target, request: Request, payload: Buffer) -> Pieces:
+        if request.length:
+            target.device.write(request.offset, payload)
+        return self._stable(target, request)
+
+    def _flush(self, target: Target, request: Request, _: Buffer) -> Pieces:
+        target.device.flush()
+        return self._done(request)
+
+    def _trim(self, target: Target, request: Request, _: Buffer) -> Pieces:
+        if target.unmap and request.length:
+            target.device.discard(request.offset, request.length)
+        return self._stable(target, request)
+
+    def _write_zeroes(self, target: Target, request: Request, _: Buffer) -> Pieces:
+        flags, offset, length = request.flags, request.offset, request.length
+        if flags & CommandFlag.FAST_ZERO and length and _needs_writing(target.device, offset, length):
+            raise RefusedError(wire_errno(errno.ENOTSUP), _FAILED[Command.WRITE_ZEROES])
+        if length:
+            unmap = target.unmap and not flags & CommandFlag.NO_HOLE
+            target.device.write_zeroes(offset, length, unmap=unmap)
+        return self._stable(target, request)
+
+    def _cache(self, target: Target, request: Request, _: Buffer) -> Pieces:
+        position, end = request.offset, request.offset + request.length
+        buffer = memoryview(bytearray(min(request.length, MIB)))
+        while position < end:
+            piece = buffer[: end - position]
+            target.device.readinto(position, piece)
+            position += len(piece)
+        return self._done(request)
+
+    def _block_status(self, target: Target, request: Request, payload: Buffer) -> Pieces:
+        _, flags, _, cookie, offset, length = request
+        if not self._contexts:
+            raise RefusedError(wire_errno(errno.EINVAL), "CMD_BLOCK_STATUS not negotiated")
+        contexts = self._contexts
+        if flags & CommandFlag.PAYLOAD_LEN:
+            length, contexts = self._asked(payload)
+            if offset + length > self._info.size:
+                text = f"operation past EOF; From: {offset}, Len: {length}, Size: {self._info.size}"
+                raise RefusedError(wire_errno(errno.EINVAL), text)
+        if not length:
+            raise RefusedError(wire_errno(errno.EINVAL), "need non-zero length")
+        one = bool(flags & CommandFlag.REQ_ONE)
+        last = contexts[-1]
+        return [
+            self._wire.status(
+                cookie,
+                offset,
+                context[0],
+                extents(target.layers, context[1], offset, length, one=one),
+                last=context is last,
+            )
+            for context in contexts
+        ]
+
+    def _asked(self, payload: Buffer) -> tuple[int, tuple[tuple[int, str], ...]]:
+        """The length and the contexts that a BLOCK_STATUS payload selects."""
+        data = bytes(payload)
+        ids = [int.from_bytes(data[at : at + 4], "big") for at in range(8, len(data), 4)]
+        known = {number for number, _ in self._contexts}
+        if len(data) < 12 or len(data) % 4 or len(set(ids)) != len(ids) or not known.issuperset(ids):
+            raise RefusedError(wire_errno(errno.EINVAL), "CMD_BLOCK_STATUS payload not valid")
+        return int.from_bytes(data[:8], "big"), tuple(one for one in self._contexts if one[0] in ids)
+
+    # -- what they share -----------------------------------------------------------------------------------------------
+
+    def _stable(self, target: Target, request: Request) -> Pieces:
+        if request.flags & _FUA or self._writethrough:
+            target.device.flush()
+        return self._done(request)
+
+    def _done(self, request: Request) -> Pieces:
+        return [self._wire.done(request.cookie, request.offset)]
+
+
+def _allowed(wire: Wire) -> dict[int, int]:
+    """Command -> flags it may have."""
+    payload = CommandFlag.PAYLOAD_LEN if wire.extended else 0
+    return {
+        Command.READ: _FUA | (CommandFlag.DF if wire.structured else 0),
+        Command.WRITE: _FUA | payload,
+        Command.WRITE_ZEROES: _FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
+        Command.BLOCK_STATUS: _FUA | CommandFlag.REQ_ONE | payload,
+    }
+
+
+def _needs_writing(device: BlockDevice, offset: int, length: int) -> bool:
+    """Would zeroing have to store zeroes, as in a cluster of which something else is to be kept?"""
+    unit, end = device.placement_unit or 1, offset + length
+    head, tail = align_up(offset, unit), align_down(end, unit)
+    edges = [(offset, min(head, end)), (max(tail, offset), end)]
+    return any(_has_data(device, start, stop) for start, stop in edges if start < stop)
+
+
+def _has_data(device: BlockDevice, start: int, end: int) -> bool:
+    while start < end:
+        runs = device.map(start, end - start)
+        if any(kind not in (RunKind.UNALLOCATED, RunKind.ZERO) for kind in runs.kind.tolist()):
+            return True
+        start = runs.end
+    return False
