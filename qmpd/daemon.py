@@ -7,9 +7,10 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -19,22 +20,35 @@ from qmpd.commands import blockdev_options, throttle_groups
 from qmpd.control import chardev
 from qmpd.control.bridge import JOBS, run_steps
 from qmpd.control.bus import Bus
+from qmpd.control.durable import INTERVAL, DurableRecords
 from qmpd.control.manager import JobManager
 from qmpd.control.objects import ObjectStore
 from qmpd.control.process import PidFile, daemonize
+from qmpd.control.qapi import Source
 from qmpd.control.records import Records
 from qmpd.control.registry import Context, lookup
+from qmpd.control.revive import Revival
 from qmpd.control.server import Server
 from qmpd.errors import QmpdError
 from qmpd.graph.drain import hurry
 from qmpd.graph.edit import Graph
 from qmpd.graph.open import close_nodes
+from qmpd.state.directory import Directory
+from qmpd.state.store import Loaded, Store
 
 _log = logging.getLogger(__name__)
 
 PROGRAM: Final = "qmpd"
 
 ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+#: Option -> what it makes, as the state calls that, and the argument that names it.
+_NAMES: Final = {
+    "blockdev": ("node", "node-name"),
+    "export": ("export", "id"),
+    "nbd-server": ("nbd-server", None),
+    "object": ("object", "id"),
+}
 
 #: Importing the families is what registers their commands.
 FAMILIES: Final = commands
@@ -56,19 +70,45 @@ HINTS: Final = {
 }
 
 
-class Core:
-    """The daemon without its outside: no sockets, no options, no process. Make it inside ``trio.run``."""
+@dataclass(frozen=True, slots=True)
+class State:
+    """An opened state. ``interval``: seconds between checkpoints. ``waits``: jobs do not go on by themselves."""
 
-    def __init__(self) -> None:
+    store: Store
+    loaded: Loaded
+    interval: float = INTERVAL
+    waits: bool = False
+
+    @classmethod
+    def open(cls, path: str, interval: float = INTERVAL, *, waits: bool = False) -> State:
+        """Lock and read the directory. Raises QmpdError, with nothing changed, if it cannot be used."""
+        store = Store(Directory(path))
+        return cls(store, store.load(), interval, waits)
+
+
+class Core:
+    """The daemon without its outside: no sockets, no options, no process. Make it inside ``trio.run``.
+
+    ``state`` is what it writes down to come back with; without, it forgets all when it ends.
+    """
+
+    def __init__(self, state: State | None = None) -> None:
         self.bus = Bus()
         graph_lock = trio.Lock()
         graph = Graph()
         objects = ObjectStore()
         graph.parse_description = blockdev_options.parse_description
         graph.find_throttle_group = partial(throttle_groups.find, objects)
-        self._records = Records(self.bus)
+        durable = None if state is None else DurableRecords(self.bus, graph, state.store, state.loaded, state.interval)
+        self._records = durable or Records(self.bus)
         self.jobs = JobManager(self.bus.publish, JOBS, graph, graph_lock, self._records)
         self.ctx = Context(graph, self.jobs, self.bus, objects, self.shutdown, graph_lock)
+        self.ctx.rooms["records"] = self._records
+        self.durable = durable
+        self.revival: Revival | None = None
+        if state is not None and durable is not None:
+            self.ctx.before_reply = durable.before_reply
+            self.revival = Revival(self.ctx, durable, state.loaded, waits=state.waits)
         self.server = Server(self.ctx)
         self.stopping = trio.Event()
         self.finished = trio.Event()
@@ -81,10 +121,14 @@ class Core:
             await nursery.start(self.jobs.serve)
             await nursery.start(self.server.serve)
             nursery.start_soon(self._records.tell_progress)
+            if self.durable is not None:
+                nursery.start_soon(self.durable.journal.serve)
             task_status.started()
             await self.stopping.wait()
             await self.server.stop()
             await self._close_nodes()
+            if self.durable is not None:
+                await self.durable.journal.settle()
             nursery.cancel_scope.cancel()
         self.finished.set()
 
@@ -98,6 +142,11 @@ class Core:
         await self._jobs_gone.wait()
         self.server.wind_down()
         self.stopping.set()
+
+    def stop_silently(self) -> None:
+        """Stop from outside: with a state, jobs are not cancelled but interrupted, to go on at the next start."""
+        if self.durable is not None:
+            self.durable.freeze()
 
     async def _close_nodes(self) -> None:
         async with self.ctx.graph_lock:
@@ -124,6 +173,8 @@ class StartUp:
         try:
             # Wherever they stand: no file is opened before it is known which may be.
             self._core.ctx.graph.trust = Trust.make(line.allow_paths, image_names=line.trust_image_names)
+            if self._core.revival is not None:
+                await self._core.revival.run()
             for option in line.options:
                 meaning = options.interpret(option, partial(_warn, option))
                 if isinstance(meaning, options.Show):
@@ -147,7 +198,8 @@ class StartUp:
     async def _carry_out(self, option: options.Option, meaning: object) -> None:
         match meaning:
             case options.Arguments(tree=tree, source=source):
-                await lookup(COMMANDS[option.name]).call(self._core.ctx, tree, source)
+                if not self._is_back(option.name, tree):
+                    await self._call(COMMANDS[option.name], tree, source)
             case options.Monitor():
                 self._add_monitor(meaning)
             case options.Trace(pattern=pattern):
@@ -157,6 +209,19 @@ class StartUp:
                 raise QmpdError("cannot use stdio with -daemonize")
             case options.SocketChardev() | options.StdioChardev() | options.NullChardev():
                 await self.chardevs.add(_chardev(option, meaning))
+
+    def _is_back(self, option: str, tree: Mapping[str, Any]) -> bool:
+        """Did the state bring it back already? Then the state knows better what became of it."""
+        if self._core.revival is None:
+            return False
+        kind, member = _NAMES[option]
+        return (kind if member is None else f"{kind}:{tree.get(member)}") in self._core.revival.things
+
+    async def _call(self, command: str, tree: dict[str, Any], source: Source) -> None:
+        ctx = self._core.ctx
+        await lookup(command).call(ctx, tree, source)
+        if ctx.before_reply is not None:
+            await ctx.before_reply(command, tree)
 
     def _add_monitor(self, monitor: options.Monitor) -> None:
         taken = self.chardevs.take(monitor.chardev)
@@ -206,8 +271,8 @@ def _say_waiting(option: options.Option, where: str) -> None:
 class Daemon:
     """A core with the sockets, files and signals of a command line."""
 
-    def __init__(self, line: options.CommandLine) -> None:
-        self.core = Core()
+    def __init__(self, line: options.CommandLine, state: State | None = None) -> None:
+        self.core = Core(state)
         self._start_up = StartUp(self.core, line)
 
     async def run(self, ready: Callable[[], None]) -> int:
@@ -220,6 +285,8 @@ class Daemon:
                 nursery.start_soon(_cancel_on_signal, signals, active)
                 with active:
                     status = await self._be_active(ready)
+                if active.cancel_called:
+                    self.core.stop_silently()
                 with trio.CancelScope(shield=True):  # ends: jobs are cancelled, clients have seconds, files close
                     await self.core.shutdown()
                     await self.core.finished.wait()
@@ -262,11 +329,27 @@ def main(words: list[str]) -> int:
     # What the imports have made stays; looking through it again and again would only cost time.
     gc.freeze()
     gc.enable()
-    return trio.run(_main, line, ready)
+    try:
+        state = _open_state(line)
+    except QmpdError as error:
+        _say(error.desc)
+        return 1
+    try:
+        return trio.run(_main, line, state, ready)
+    finally:
+        if state is not None:
+            state.store.close()
+            state.store.directory.close()
 
 
-async def _main(line: options.CommandLine, ready: Callable[[], None]) -> int:
-    return await Daemon(line).run(ready)
+def _open_state(line: options.CommandLine) -> State | None:
+    if line.state_dir is None:
+        return None
+    return State.open(line.state_dir, line.checkpoint_seconds, waits=line.jobs_wait)
+
+
+async def _main(line: options.CommandLine, state: State | None, ready: Callable[[], None]) -> int:
+    return await Daemon(line, state).run(ready)
 
 
 def _nothing() -> None:

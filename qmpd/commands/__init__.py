@@ -23,6 +23,7 @@ from qmpd.commands import (
     image_check,
     jobs,
     objects,
+    state,
 )
 
 __all__ = [
@@ -43,4 +44,5 @@ __all__ = [
     "image_check",
     "jobs",
     "objects",
+    "state",
 ]

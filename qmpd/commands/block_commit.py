@@ -4,10 +4,9 @@ from typing import Annotated
 
 from qmpd.control.qapi import Bool, Features, Int, QapiModel, Str
 from qmpd.control.registry import Context, command
-from qmpd.jobs.active import ActiveCommitJob
-from qmpd.jobs.commit import CommitJob
-from qmpd.jobs.job import Job, OnError
-from qmpd.jobs.plan import CommitRequest, plan_commit
+from qmpd.jobs.job import OnError
+from qmpd.jobs.plan import CommitRequest
+from qmpd.jobs.remake import make_commit
 
 _DEPRECATED = Features(("deprecated",))
 
@@ -35,9 +34,4 @@ async def block_commit(ctx: Context, args: BlockCommit) -> None:
     """Start a job that moves the data of ``top`` and all images down to ``base`` into ``base``."""
     # What was not given keeps the default of CommitRequest.
     request = CommitRequest(**{name: value for name, value in args if value is not None})
-
-    def make() -> Job:
-        plan = plan_commit(ctx.graph, request)
-        return (ActiveCommitJob if plan.active else CommitJob)(ctx.graph, plan)
-
-    await ctx.jobs.launch(make)
+    await ctx.jobs.launch(lambda: make_commit(ctx.graph, request))

@@ -29,7 +29,7 @@ async def blockdev_set_active(ctx: Context, args: BlockdevSetActive) -> None:
 
 def _activate(graph: Graph, name: str | None) -> Steps[None]:
     nodes = activity.activation(graph.nodes if name is None else [find_node(graph, name)])
-    yield from while_quiet(nodes, partial(activity.activate, graph, nodes))
+    yield from while_quiet(graph, nodes, partial(activity.activate, graph, nodes))
 
 
 def _inactivate(graph: Graph, name: str | None) -> Steps[None]:
@@ -37,4 +37,4 @@ def _inactivate(graph: Graph, name: str | None) -> Steps[None]:
         nodes, failure = [node for node in topological(graph.nodes) if node.active], "Failed to inactivate all nodes"
     else:
         nodes, failure = activity.inactivation(find_node(graph, name)), "Failed to inactivate node"
-    yield from while_quiet(nodes, partial(activity.inactivate, graph, nodes, failure))
+    yield from while_quiet(graph, nodes, partial(activity.inactivate, graph, nodes, failure))

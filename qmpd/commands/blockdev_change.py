@@ -40,7 +40,7 @@ def _reopen(graph: Graph, specs: list[NodeSpec]) -> Steps[None]:
     wanted = reopen.find_nodes(graph, specs)
     for node in wanted:
         yield node.opened.flush
-    yield from quietly(wanted, partial(reopen.apply, graph, wanted))
+    yield from quietly(graph, wanted, partial(reopen.apply, graph, wanted))
     yield from close_unreferenced(graph)
 
 

@@ -48,6 +48,10 @@ class Bus:
     def __init__(self, clock: Callable[[], int] = time.time_ns, history: History | None = None) -> None:
         self.clock = clock
         self.history = history or History()
+        #: The number of the event published last; it may not have been told yet.
+        self.last = self.history.last
+        #: Takes each event instead of its being told, and has it told (:meth:`tell`) once it is durable, in order.
+        self.keep: Callable[[Event], object] | None = None
         #: None: the client has not subscribed.
         self._subscribers: dict[Subscriber, Subscription | None] = {}
         #: Called when somebody begins to.
@@ -64,9 +68,18 @@ class Bus:
     def publish(self, event_name: str, data: dict[str, Any] | None = None) -> None:
         """Put the event into every subscriber's outbox; it is there when this returns.
 
-        The reply that a command adds afterwards is therefore read after the events it caused.
+        The reply that a command adds afterwards is therefore read after the events it caused. Where events are made
+        durable first, the server waits for that.
         """
-        event = Event(self.history.last + 1, event_name, data or None, self.clock())
+        self.last += 1
+        event = Event(self.last, event_name, data or None, self.clock())
+        if self.keep is None:
+            self.tell(event)
+        else:
+            self.keep(event)
+
+    def tell(self, event: Event) -> None:
+        """Let everybody know now what was published."""
         self.history.add(event)
         self._deliver(event)
 

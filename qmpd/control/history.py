@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -116,6 +117,15 @@ class History:
             self._forgotten = self.events[0].number
         self.events.append(event)
         self.last = event.number
+
+    def resume(self, log: str, events: Iterable[Event], results: Iterable[Result]) -> None:
+        """Go on with a log of earlier incarnations."""
+        self.log = log
+        self.events.extend(events)
+        self.results.extend(results)
+        if self.events:
+            self.last = self.events[-1].number
+            self._forgotten = self.events[0].number - 1
 
     def since(self, number: int, log: str | None = None) -> Excerpt:
         """The events after ``number`` of ``log``; if that is another log, all of this one."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
@@ -42,10 +42,13 @@ class Bridge(Protocol):
 
 
 class Observer:
-    """Who is told of a life beside the events. This one does not care. Nothing here waits or raises."""
+    """Who is told of a life beside the events. This one does not care. Nothing here raises."""
 
     def began(self, life: Life) -> None:
         """The job has got what it needs to run."""
+
+    #: Waits until what was told so far is durable; None: nobody makes it so.
+    settle: Callable[[], Awaitable[None]] | None = None
 
     def done(self, life: Life) -> None:
         """No progress will follow."""
@@ -141,6 +144,8 @@ class Life:
             raise
         self._around.observer.began(self)
         self._to(Status.RUNNING)
+        if self._around.observer.settle is not None:
+            await self._around.observer.settle()  # the body does nothing that nobody would know of
 
     async def live(self) -> None:
         """Running to the end."""

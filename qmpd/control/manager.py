@@ -51,8 +51,10 @@ class JobManager:
 
     # -- birth ---------------------------------------------------------------------------------------------------------
 
-    async def launch(self, make: Callable[[], Job]) -> None:
+    async def launch(self, make: Callable[[], Job], *, speed: int | None = None, paused: bool = False) -> None:
         """Make a job and start it; returns when its command can be answered.
+
+        ``speed`` (bytes per second) and ``paused`` are for a job that goes on: what clients told it before.
 
         ``make`` validates and returns the job. It is called with the graph lock held, and whatever it or the job's
         ``start`` raises is raised here. A caller that is cancelled meanwhile does not stop the job.
@@ -60,15 +62,19 @@ class JobManager:
         if self._nursery is None or self._closing:
             raise QmpdError("The daemon is shutting down")
         birth = _Birth()
-        self._nursery.start_soon(self._bring_up, make, birth)
+        self._nursery.start_soon(self._bring_up, make, birth, speed, paused)
         await birth.done.wait()
         if birth.error is not None:
             raise birth.error
 
-    async def _bring_up(self, make: Callable[[], Job], birth: _Birth) -> None:
+    async def _bring_up(self, make: Callable[[], Job], birth: _Birth, speed: int | None, paused: bool) -> None:
         try:
             async with self._around.graph_lock:
                 life = await self._start(make(), birth.done)
+                if speed is not None:
+                    life.cell.set_speed(speed)
+                if paused:
+                    life.pause()
         except Exception as error:  # noqa: BLE001  it belongs to the command that waits
             birth.error = error
             birth.done.set()

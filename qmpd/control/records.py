@@ -48,23 +48,25 @@ class Records(Observer):
             self._look(life, self._records[life])
 
     def concluded(self, life: Life) -> None:
-        record = self._records.pop(life)
-        history = self._bus.history
         job, progress = life.job, life.cell.progress
-        history.results.append(
+        self.keep_result(
             Result(
-                number=history.last,
+                number=self._bus.last,
                 job_id=job.id,
                 job_type=job.job_type,
                 outcome=outcome(life),
                 error=job.error.desc if job.error is not None and not life.cell.cancelled else None,
                 offset=progress.current,
                 length=progress.total,
-                began=record.began,
+                began=self._records.pop(life).began,
                 ended=self._bus.clock(),
-                incarnation=history.incarnation,
+                incarnation=self._bus.history.incarnation,
             )
         )
+
+    def keep_result(self, result: Result) -> None:
+        """A job has ended; the event that says so was the last one published."""
+        self._bus.history.results.append(result)
 
     async def tell_progress(self) -> None:
         """The task that looks, for ever. It sleeps while there is nothing to see or nobody to tell."""

@@ -62,6 +62,8 @@ class Context:
     rooms: dict[str, Any] = field(default_factory=dict)
     client: Client = field(default_factory=Client)
     outbox: Subscriber | None = None
+    #: Called before a command is answered, with its name and arguments if it succeeded.
+    before_reply: Callable[[str | None, Mapping[str, Any]], Awaitable[None]] | None = None
 
     def for_client(self, client: Client, outbox: Subscriber | None = None) -> Context:
         """The same daemon as seen by ``client``."""

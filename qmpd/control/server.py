@@ -184,8 +184,12 @@ class Connection:
             if command.is_async:
                 self._outbox.wake()  # answers that are ready do not wait for this one
                 result = await result
+            if self._ctx.before_reply is not None:
+                await self._ctx.before_reply(request.name, request.arguments)
             return self._session.reply(request, command.finish(result))
         except QmpdError as error:
+            if self._ctx.before_reply is not None:
+                await self._ctx.before_reply(None, {})
             return self._session.fail(request, error.qmp_class, error.desc)
         except Exception:  # noqa: BLE001  a bug of ours
             _log.exception("%s: unexpected failure of %s", self._ctx.client.label, request.name)

@@ -26,13 +26,19 @@ from qmpd.errors import Kind, QmpdError
 from qmpd.graph import permissions
 from qmpd.graph.node import ALLOWED_ON_BACKING, Backend, Edge, JobParent, Node, OpBlocker, Parent, topological
 from qmpd.graph.spec import NodeSpec
+from qmpd.steps import Steps
 
 _NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
 _MAX_NODE_NAME = 31
+_GENERATED = re.compile(r"#block(\d+)\d\d", re.ASCII)
 
 
 def _no_descriptions(text: str) -> NodeSpec:
     raise QmpdError("Descriptions in file names are not supported", Kind.UNSUPPORTED)
+
+
+def _no_state() -> Steps[None]:
+    yield from ()
 
 
 class Graph:
@@ -43,6 +49,10 @@ class Graph:
         #: By name, oldest first, nodes being opened included. Changed by Edit only.
         self.table: dict[str, Node] = {}
         self._generated = 0
+        #: Counts the edits that happened.
+        self.version = 0
+        #: Makes the graph as it is now durable, where somebody wants that: before users see a change, run this.
+        self.save: Callable[[], Steps[None]] = _no_state
         #: Looks up a throttle group by its id, on any thread. Set by whoever keeps the objects of clients.
         self.find_throttle_group: Callable[[str], ThrottleGroup | None] = lambda name: None
         #: Which files may be opened. Set once, before any is.
@@ -82,6 +92,11 @@ class Graph:
         name = f"#block{self._generated}{random.randrange(100):02d}"
         self._generated += 1
         return name
+
+    def reserve_names(self, names: Iterable[str]) -> None:
+        """Generate none of these names."""
+        counters = [int(found[1]) for name in names if (found := _GENERATED.fullmatch(name))]
+        self._generated = max([self._generated, *(counter + 1 for counter in counters)])
 
     def check_new_name(self, name: str) -> None:
         """Raise unless a new node may be called so; the order of the checks is the peer's."""
@@ -191,6 +206,7 @@ class Edit:
 
     def _switch_over(self, granted: list[Node]) -> None:
         """Past the point of no return. Children reopen first: a format may write to its file as it switches."""
+        self.graph.version += 1
         for node in reversed(self._reopened):
             node.opened.reopen_commit()
         for node in granted:

@@ -78,6 +78,11 @@ class ActiveCommitJob(CopyJob):
         self._has_pivoted = False
         self._cell: Cell | None = None
 
+    @property
+    def lent(self) -> list[Node]:
+        """After a pivot base has the users of top, and is theirs."""
+        return [] if self._has_pivoted else super().lent
+
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def start(self, cell: Cell) -> Steps[None]:
@@ -86,7 +91,7 @@ class ActiveCommitJob(CopyJob):
         cell.set_speed(self._request.speed)
         self._cell = cell
         self._layers = chain.layers(self._plan.top, self._plan.base)
-        yield from quietly([self._plan.top], self._enter_graph)
+        yield from quietly(self._graph, [self._plan.top], self._enter_graph)
 
     def _enter_graph(self) -> None:
         top = self._plan.top
@@ -237,7 +242,7 @@ class ActiveCommitJob(CopyJob):
         self._cell.resume()
         try:
             yield self._catch_up
-            yield from while_quiet([self._the_filter, self._plan.top], self._take_over)
+            yield from while_quiet(self._graph, [self._the_filter, self._plan.top], self._take_over)
         except QmpdError as error:
             raise as_errno(error) from error
 
@@ -253,6 +258,7 @@ class ActiveCommitJob(CopyJob):
         yield partial(self._settle, self._visible_end(self._overlays(self._the_filter)))
         self._leave_graph(self._plan.base if self._ending is Ending.PIVOT else self._plan.top)
         self._has_pivoted = self._ending is Ending.PIVOT
+        self.passed = True
 
     def _settle(self, visible_end: int) -> None:
         """Worker thread, nobody writes: copy the rest and make base durable.
@@ -285,7 +291,7 @@ class ActiveCommitJob(CopyJob):
         assert self._cell is not None
         self._cell.resume()
         leave = partial(self._leave_graph, self._plan.top)
-        yield from quietly([self._the_filter, self._plan.top], leave)
+        yield from quietly(self._graph, [self._the_filter, self._plan.top], leave)
 
     def clean(self) -> Steps[None]:
         """Base's flag: after a pivot that of top, after a failure that from before; a copy stays writable."""

@@ -57,7 +57,7 @@ class CommitJob(RegionJob):
         self._headers = [(node.opened, self._new_backing.reference(node)) for node in overlays]
         self._blank_end = self._visible_end(overlays)
         self._layers = chain.layers(self._plan.top, self._plan.base)
-        yield from quietly([self._plan.top], self._enter_graph)
+        yield from quietly(self._graph, [self._plan.top], self._enter_graph)
 
     def _enter_graph(self) -> None:
         spec = NodeSpec(CommitTop.format_name, read_only=True)
@@ -95,6 +95,7 @@ class CommitJob(RegionJob):
                 yield from self._copy(cell)
                 yield from self._blank(cell)
                 yield from self._harden()
+                self._last_checkpoint()
         except QmpdError as error:
             raise as_errno(error) from error
 
@@ -126,7 +127,7 @@ class CommitJob(RegionJob):
             yield from self._blank_more(overlays)
             done = yield from header.rewrite(self._graph, overlays, self._new_backing)
             try:
-                yield from quietly([self._the_filter], partial(self._leave_chain, self._plan.base))
+                yield from quietly(self._graph, [self._the_filter], self._pass)
             except Exception:
                 yield from header.restore(self._graph, done)
                 raise
@@ -135,7 +136,7 @@ class CommitJob(RegionJob):
 
     def abort(self) -> Steps[None]:
         """The old chain as it was."""
-        yield from quietly([self._the_filter], partial(self._leave_chain, self._plan.top))
+        yield from quietly(self._graph, [self._the_filter], partial(self._leave_chain, self._plan.top))
 
     def clean(self) -> Steps[None]:
         """Let go of all nodes."""
@@ -150,6 +151,10 @@ class CommitJob(RegionJob):
         if end > start:
             yield partial(self._device.write_zeroes, start, end - start)
             yield self._device.flush
+
+    def _pass(self) -> None:
+        self._leave_chain(self._plan.base)
+        self.passed = True
 
     def _leave_chain(self, successor: Node) -> None:
         """Take the filter out; whoever was above it is on ``successor`` now."""

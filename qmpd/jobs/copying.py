@@ -5,17 +5,19 @@ Source: spec/jobs-and-commit.md sections 4, 5.1 and 7. The control thread runs a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator
-from typing import ClassVar, Final, Literal
+from dataclasses import asdict, replace
+from typing import Any, ClassVar, Final, Literal
 
 from qmpd.block.api import BlockDevice, Driver, Perm
 from qmpd.errors import QmpdError
-from qmpd.graph import chain
+from qmpd.graph import chain, filename
 from qmpd.graph.edit import Edit, Graph
 from qmpd.graph.node import Backend, Node
 from qmpd.graph.spec import NodeSpec
 from qmpd.jobs.chainjob import ChainJob
-from qmpd.jobs.job import Action, Body, Failure, error_action
+from qmpd.jobs.job import Action, Body, Failure, Merge, error_action
 from qmpd.jobs.plan import CommitPlan
 
 WRITES: Final = Perm.WRITE | Perm.WRITE_UNCHANGED
@@ -39,6 +41,29 @@ class CopyJob(ChainJob):
         self._base_length = plan.base.opened.length
         #: Requests that fail are found in the peer's steps where nodes are there to make them fail.
         self._stepwise = any(node.is_filter for node in plan.top.subtree())
+
+    # -- what outlives the daemon --------------------------------------------------------------------------------------
+
+    #: How :mod:`qmpd.jobs.remake` knows this kind.
+    kind: ClassVar[str] = "commit"
+
+    def memory(self) -> dict[str, Any] | None:
+        """The nodes by name, however the client named them."""
+        plan = self._plan
+        named = replace(self._request, top=None, base=None, top_node=plan.top.name, base_node=plan.base.name)
+        return {"kind": self.kind, "request": {**asdict(named), "on_error": named.on_error.value}}
+
+    @property
+    def lent(self) -> list[Node]:
+        return [self._plan.base] if self._base_was_read_only else []
+
+    @property
+    def merge(self) -> Merge | None:
+        base = filename.image_path(self._plan.base)
+        paths = [filename.image_path(node) for node in self._plan.intermediates]
+        if base is None:
+            return None
+        return Merge(os.path.realpath(base), tuple(os.path.realpath(path) for path in paths if path is not None))
 
     # -- entering and leaving the graph --------------------------------------------------------------------------------
 

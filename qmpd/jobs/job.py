@@ -27,13 +27,15 @@ from __future__ import annotations
 
 import errno
 import string
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from qmpd.errors import QmpdError
+from qmpd.graph.node import Node
 from qmpd.jobs.cell import Cell, Rest
 from qmpd.jobs.table import Status
 from qmpd.steps import Steps
@@ -123,6 +125,48 @@ def check_speed(speed: int) -> None:
         raise QmpdError("Parameter 'speed' expects a non-negative value")
 
 
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """The content of the files ``images`` goes into the file ``base``."""
+
+    base: str
+    images: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Keeper:
+    """Where checkpoints go, and how often: the worker thread that runs the body calls all of this.
+
+    ``write`` makes a checkpoint durable; it does not raise. What a checkpoint vouches for is durable already.
+    ``interval`` is the least time between two, in seconds; where they are slow it is more, so that they cost little.
+    """
+
+    write: Callable[[dict[str, Any]], None]
+    interval: float
+    _due: float = field(default_factory=time.monotonic)
+
+    def begin(self) -> None:
+        """The first one is due after an interval."""
+        self._due = time.monotonic() + self.interval
+
+    @property
+    def is_due(self) -> bool:
+        """Is it time for a checkpoint?"""
+        return time.monotonic() >= self._due
+
+    def keep(self, make_durable: Callable[[], None], checkpoint: dict[str, Any]) -> None:
+        """Take a checkpoint. Raises what ``make_durable`` raises."""
+        began = time.monotonic()
+        make_durable()
+        self.write(checkpoint)
+        now = time.monotonic()
+        self._due = now + max(self.interval, CHECKPOINT_SHARE * (now - began))
+
+
+CHECKPOINT_SHARE: Final = 20
+"""Between two checkpoints passes so many times what one takes."""
+
+
 class Job(ABC):
     """One job. Subclasses say what it does; the manager says when. Control thread, but for :meth:`run`."""
 
@@ -139,6 +183,28 @@ class Job(ABC):
         self.error: QmpdError | None = None
         self.user_paused = False
         self.io_status = IoStatus.OK
+        #: Takes checkpoints; None: nobody keeps any.
+        self.keeper: Keeper | None = None
+        #: What the keeper of an earlier incarnation of the daemon got last, if this job goes on from there.
+        self.checkpoint: dict[str, Any] | None = None
+        #: All that the job was to do is done; only telling is left.
+        self.passed = False
+
+    # -- what outlives the daemon --------------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, Any] | None:
+        """What :func:`qmpd.jobs.remake.remake` makes this job of again, as JSON; None: it cannot be done again."""
+        return None
+
+    @property
+    def lent(self) -> list[Node]:
+        """Nodes that are writable for this job alone."""
+        return []
+
+    @property
+    def merge(self) -> Merge | None:
+        """What this job copies into what, so that the target is a mixture until it is done."""
+        return None
 
     # -- phases ------------------------------------------------------------------------------------------------------
 

@@ -9,12 +9,13 @@ Source: spec/jobs-and-commit.md section 9. The control thread runs all but :meth
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, ClassVar
 
 from qmpd.block.api import Perm, Role
 from qmpd.errors import Kind, QmpdError
 from qmpd.graph import chain
 from qmpd.graph.edit import Edit, Graph
-from qmpd.graph.node import Backend
+from qmpd.graph.node import Backend, Node
 from qmpd.jobs.cell import Cell, Rest
 from qmpd.jobs.copying import as_errno
 from qmpd.jobs.job import Body, check_speed
@@ -49,6 +50,17 @@ class OfflineCommitJob(RegionJob):
         self._was_read_only = plan.top.read_only
         self._source = Backend()
 
+    # -- what outlives the daemon --------------------------------------------------------------------------------------
+
+    kind: ClassVar[str] = "offline"
+
+    def memory(self) -> dict[str, Any] | None:
+        return {**(super().memory() or {}), "keep": self._keep}
+
+    @property
+    def lent(self) -> list[Node]:
+        return super().lent + ([self._plan.top] if self._was_read_only and not self._keep else [])
+
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def start(self, cell: Cell) -> Steps[None]:
@@ -57,7 +69,7 @@ class OfflineCommitJob(RegionJob):
         cell.set_speed(self._request.speed)
         self._set_goal(cell)
         self._layers = chain.layers(self._plan.top, self._plan.base)
-        yield from quietly([self._plan.top], self._enter_graph)
+        yield from quietly(self._graph, [self._plan.top], self._enter_graph)
 
     def _enter_graph(self) -> None:
         image, base = self._plan.top, self._plan.base
@@ -88,6 +100,7 @@ class OfflineCommitJob(RegionJob):
             yield Rest()
             yield from self._copy(cell)
             yield from self._harden()
+            self._last_checkpoint()
         except QmpdError as error:
             raise as_errno(error) from error
 
@@ -98,7 +111,7 @@ class OfflineCommitJob(RegionJob):
         if self._keep:
             return
         try:
-            yield from while_quiet([self._plan.top], self._empty)
+            yield from while_quiet(self._graph, [self._plan.top], self._empty)
         except QmpdError as error:
             if error.kind is not Kind.UNSUPPORTED:
                 raise as_errno(error) from error

@@ -16,8 +16,9 @@ what an intermediate image that is too short hides stays hidden.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from dataclasses import asdict, replace
 from functools import partial
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from qmpd.block.filters.copy_on_read import CopyOnRead
 from qmpd.errors import QmpdError
 from qmpd.graph import chain
 from qmpd.graph.edit import Edit, Graph
-from qmpd.graph.node import Backend
+from qmpd.graph.node import Backend, Node
 from qmpd.graph.spec import NodeSpec
 from qmpd.jobs import header
 from qmpd.jobs.cell import Cell, Rest
@@ -69,6 +70,18 @@ class StreamJob(ChainJob):
         self._stepwise_until = self._length if any(node.is_filter for node in plan.device.subtree()) else 0
         self._ignored: QmpdError | None = None
 
+    # -- what outlives the daemon --------------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, Any] | None:
+        """Without a checkpoint: what was copied is in the image, and is not copied again."""
+        base = self._plan.base
+        named = replace(self._request, base=None, bottom=None, base_node=base.name if base else None)
+        return {"kind": "stream", "request": {**asdict(named), "on_error": named.on_error.value}}
+
+    @property
+    def lent(self) -> list[Node]:
+        return [self._plan.device] if self._was_read_only else []
+
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def start(self, cell: Cell) -> Steps[None]:
@@ -79,7 +92,7 @@ class StreamJob(ChainJob):
             cell.expect_survey()
         self._layers = chain.layers(self._plan.device, self._plan.base)
         self._reference = self._new_backing.reference(self._plan.image)
-        yield from quietly([self._plan.device], self._enter_graph)
+        yield from quietly(self._graph, [self._plan.device], self._enter_graph)
 
     def _enter_graph(self) -> None:
         plan = self._plan
@@ -132,7 +145,7 @@ class StreamJob(ChainJob):
     def _copy(self, cell: Cell) -> Body:
         if not self._stepwise_until:
             yield from survey(
-                cell, self._length, lambda offset, length: _missing(chain_runs(self._layers, offset, length))
+                cell, 0, self._length, lambda offset, length: _missing(chain_runs(self._layers, offset, length))
             )
         with CopyEngine(self._layers, self._image) as engine:
             offset = 0
@@ -229,7 +242,7 @@ class StreamJob(ChainJob):
         try:
             done = yield from header.rewrite(self._graph, [image] if image.cow_edge else [], self._new_backing)
             try:
-                yield from quietly([self._the_filter, image], partial(self._leave_graph, relink=True))
+                yield from quietly(self._graph, [self._the_filter, image], self._pass)
             except Exception:
                 yield from header.restore(self._graph, done)
                 raise
@@ -238,12 +251,16 @@ class StreamJob(ChainJob):
 
     def abort(self) -> Steps[None]:
         """The old chain; what was copied does no harm."""
-        yield from quietly([self._the_filter], partial(self._leave_graph, relink=False))
+        yield from quietly(self._graph, [self._the_filter], partial(self._leave_graph, relink=False))
 
     def clean(self) -> Steps[None]:
         """A device that was read-only is so again."""
         if self._was_read_only:
             yield from back_to_read_only(self._graph, self._plan.device)
+
+    def _pass(self) -> None:
+        self._leave_graph(relink=True)
+        self.passed = True
 
     def _leave_graph(self, *, relink: bool) -> None:
         """Let go of all nodes and take the filter out."""

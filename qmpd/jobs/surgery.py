@@ -20,13 +20,17 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
-def quietly(nodes: Iterable[Node], change: Callable[[], T]) -> Steps[T]:
+def quietly(graph: Graph, nodes: Iterable[Node], change: Callable[[], T]) -> Steps[T]:
     """Run ``change`` while no request from above is inside ``nodes``: afterwards nobody holds on to an old link."""
-    return (yield from while_quiet(nodes, lambda: _at_once(change)))
+    return (yield from while_quiet(graph, nodes, lambda: _at_once(change)))
 
 
-def while_quiet(nodes: Iterable[Node], work: Callable[[], Steps[T]]) -> Steps[T]:
-    """:func:`quietly` for a change that has something to wait for. Guests stand still until it is over."""
+def while_quiet(graph: Graph, nodes: Iterable[Node], work: Callable[[], Steps[T]]) -> Steps[T]:
+    """:func:`quietly` for a change that has something to wait for. Guests stand still until it is over.
+
+    The state, where there is one, has the change before they go on: what they write to another node than before must
+    not be lost to a daemon that comes back with the old one.
+    """
     backends = chain.backends_above(nodes)
     held: list[Backend] = []
     try:
@@ -34,7 +38,11 @@ def while_quiet(nodes: Iterable[Node], work: Callable[[], Steps[T]]) -> Steps[T]
             for backend in backends:
                 held.append(backend)
                 yield backend.quiesce
-        return (yield from work())
+            version = graph.version
+        result = yield from work()
+        if graph.version != version:
+            yield from graph.save()
+        return result
     finally:
         for backend in held:
             backend.resume()

@@ -50,7 +50,7 @@ def run(graph: Graph, actions: Sequence[Action]) -> Steps[None]:
     """Carry out all actions. The first failure is raised, with everything taken back in reverse order."""
     known = [graph.find(name) for action in actions for name in action.names]
     nodes = dict.fromkeys(node for node in known if node is not None)
-    yield from while_quiet(nodes, lambda: _carry_out(graph, actions))
+    yield from while_quiet(graph, nodes, lambda: _carry_out(graph, actions))
 
 
 def _carry_out(graph: Graph, actions: Sequence[Action]) -> Steps[None]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from qmpd import QMP_LEVEL, __version__
 from qmpd.errors import QmpdError
@@ -13,21 +14,24 @@ from qmpd.errors import QmpdError
 LONG: Final = {
     "allow-path": True,
     "blockdev": True,
+    "checkpoint-seconds": True,
     "chardev": True,
     "daemonize": False,
     "export": True,
     "help": False,
+    "jobs-at-start": True,
     "monitor": True,
     "nbd-server": True,
     "object": True,
     "pidfile": True,
+    "state-dir": True,
     "trace": True,
     "trust-image-names": True,
     "version": False,
 }
 
 #: Options that the peer does not have; they do not stand in the way of its own, shortened.
-_OWN: Final = frozenset({"allow-path", "trust-image-names"})
+_OWN: Final = frozenset({"allow-path", "checkpoint-seconds", "jobs-at-start", "state-dir", "trust-image-names"})
 
 SHORT: Final = {"h": "help", "T": "trace", "V": "version"}
 
@@ -72,6 +76,15 @@ Which files are opened:
                          qcow2 as the image says; all: whatever can be opened,
                          json: included, with its format guessed if not stated
 
+What outlives the daemon:
+
+  --state-dir DIRECTORY  keep nodes, exports, jobs, results and events here, and
+                         come back with them at the next start
+  --jobs-at-start resume|wait
+                         whether jobs that were not over go on by themselves
+                         (default) or wait for job-resume
+  --checkpoint-seconds N least time between two checkpoints of a job (default 5)
+
 About the process:
 
   --daemonize            go into the background once all is set up
@@ -101,6 +114,10 @@ class CommandLine:
     #: Directories that images must be in; none for anywhere.
     allow_paths: tuple[str, ...] = ()
     trust_image_names: bool = False
+    #: Where the state is; none for a daemon without.
+    state_dir: str | None = None
+    jobs_wait: bool = False
+    checkpoint_seconds: float = 5.0
     show: str | None = None
 
 
@@ -110,7 +127,7 @@ def scan(words: Sequence[str], program: str = "qmpd") -> CommandLine:
     ``--help`` and ``--version`` count before any mistake behind them.
     """
     options = []
-    daemonize, pidfile, trusted = False, None, False
+    found: dict[str, Any] = {}
     allowed: list[str] = []
     for option in _split(words):
         match option.name:
@@ -119,22 +136,39 @@ def scan(words: Sequence[str], program: str = "qmpd") -> CommandLine:
             case "version":
                 return CommandLine(show=VERSION)
             case "daemonize":
-                daemonize = True
+                found["daemonize"] = True
             case "pidfile":
-                pidfile = option.value
+                found["pidfile"] = option.value
             case "allow-path":
                 allowed.append(option.value)
             case "trust-image-names":
-                trusted = _trusted(option.value)
+                found["trust_image_names"] = _choice(option, "none", "all")
+            case "state-dir":
+                found["state_dir"] = option.value
+            case "jobs-at-start":
+                found["jobs_wait"] = _choice(option, "resume", "wait")
+            case "checkpoint-seconds":
+                found["checkpoint_seconds"] = _seconds(option)
             case _:
                 options.append(option)
-    return CommandLine(tuple(options), daemonize, pidfile, tuple(allowed), trusted)
+    return CommandLine(tuple(options), allow_paths=tuple(allowed), **found)
 
 
-def _trusted(value: str) -> bool:
-    if value not in ("none", "all"):
-        raise QmpdError(f"option '--trust-image-names' expects 'none' or 'all', not '{value}'")
-    return value == "all"
+def _choice(option: Option, no: str, yes: str) -> bool:
+    """Is it ``yes``?"""
+    if option.value not in (no, yes):
+        raise QmpdError(f"option '--{option.name}' expects '{no}' or '{yes}', not '{option.value}'")
+    return option.value == yes
+
+
+def _seconds(option: Option) -> float:
+    try:
+        seconds = float(option.value)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise QmpdError(f"option '--{option.name}' expects a number of seconds, not '{option.value}'")
+    return seconds
 
 
 def complaint(program: str, text: str, option: Option | None = None) -> str:

@@ -181,7 +181,7 @@ async def test_changing_the_graph_does_not_wait_for_the_limit(tmp_path: Path, mo
     """Somebody waits for the requests in flight, so they go; afterwards the limit holds again."""
     async with serving(tmp_path, monkeypatch) as (core, client), waiting(core, client) as case:
         monkeypatch.setattr(case.edge.parent, "quiesce", case.over.wait)
-        await run_steps(quietly([case.edge.node], lambda: None))
+        await run_steps(quietly(core.ctx.graph, [case.edge.node], lambda: None))
         assert case.over.is_set()
         assert case.driver._member.draining == 0
 

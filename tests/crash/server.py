@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -66,10 +66,10 @@ class Server:
             cwd=Path(__file__).parents[2],
         )
 
-    def start(self, directory: Path, orders: Orders = UNHARMED) -> Child:
-        """A daemon in ``directory``; it listens already."""
+    def start(self, directory: Path, orders: Orders = UNHARMED, words: Sequence[str] = ()) -> Child:
+        """A daemon in ``directory``, with ``words`` on its command line; it listens already."""
         assert self._process.stdin is not None
-        request = {"directory": str(directory), "orders": asdict(orders)}
+        request = {"directory": str(directory), "orders": asdict(orders), "words": list(words)}
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
         return Child(self, self.answer()["pid"], str(directory / "monitor"))
@@ -100,13 +100,13 @@ def _serve() -> None:
             listening.listen()
             pid = os.fork()
             if pid == 0:
-                _be_a_daemon(daemon.main, Orders(**request["orders"]), listening)
+                _be_a_daemon(daemon.main, Orders(**request["orders"]), listening, request["words"])
         _say(pid=pid)
         _, status = os.waitpid(pid, 0)
         _say(status=os.waitstatus_to_exitcode(status))
 
 
-def _be_a_daemon(main: Any, orders: Orders, listening: socket.socket) -> None:
+def _be_a_daemon(main: Any, orders: Orders, listening: socket.socket, words: list[str]) -> None:
     os.dup2(listening.fileno(), _LISTENING)
     os.set_inheritable(_LISTENING, True)
     with open("errors", "ab") as errors:
@@ -115,7 +115,7 @@ def _be_a_daemon(main: Any, orders: Orders, listening: socket.socket) -> None:
     os.dup2(0, 1)
     try:
         Instrument(orders).install()
-        status = main(["--chardev", f"socket,id=m,fd={_LISTENING},server=on,wait=off", "--monitor", "m"])
+        status = main([*words, "--chardev", f"socket,id=m,fd={_LISTENING},server=on,wait=off", "--monitor", "m"])
     except BaseException:  # noqa: BLE001  the parent sees the status
         sys.excepthook(*sys.exc_info())
         status = 99
