@@ -11,7 +11,7 @@ BIN    := .venv/bin
 SHELL  := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-crash test-fuzz bench bench-quick lint format types check-generated schema docs peers clean
+.PHONY: help demo test test-long test-crash test-fuzz bench bench-quick lint format types check-generated schema docs peers peers-long clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
@@ -22,7 +22,7 @@ demo: .venv/.demo  ## watch a live block commit on three real images (needs Pyth
 test: lint types check-generated peers  ## everything that must hold before a change is done
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "not long and not bench" $(PYTEST)
 
-test-long: .venv/.dev peers  ## the long forms of the randomised tests
+test-long: .venv/.dev peers-long  ## the long forms of the randomised tests
 	$(BIN)/python -m pytest -q -n $(JOBS) -m long --timeout 1800 --ignore tests/crash $(PYTEST)
 
 test-crash: .venv/.dev peers  ## kill and cut the power of commits, everywhere; CRASH_SEED=2 for other random choices
@@ -61,6 +61,9 @@ docs: .venv/.dev  ## write docs/compatibility.md anew from docs/deviations.toml
 
 peers:
 	@tools/peers.sh
+
+peers-long:
+	@tools/peers.sh long
 
 clean:  ## back to a fresh clone
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
