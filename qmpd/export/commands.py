@@ -11,7 +11,7 @@ from qmpd.block.api import BlockDevice
 from qmpd.block.extents import RunKind
 from qmpd.errors import QmpdError
 from qmpd.export.status import extents
-from qmpd.nbd.constants import MAX_PAYLOAD, Command, CommandFlag
+from qmpd.nbd.constants import BASE_ALLOCATION, MAX_PAYLOAD, Command, CommandFlag
 from qmpd.nbd.exportinfo import ExportInfo, Negotiated
 from qmpd.nbd.transmission import COMMAND_NAMES, Buffer, Request, Wire, wire_errno
 from qmpd.units import KIB, MIB, align_down, align_up
@@ -21,6 +21,9 @@ Pieces = list[Buffer]
 _FUA: Final = CommandFlag.FUA
 _WRITING: Final = frozenset({Command.WRITE, Command.TRIM, Command.WRITE_ZEROES})
 _LIMITED: Final = frozenset({Command.READ, Command.WRITE, Command.CACHE})
+
+#: Longer reads (bytes) ask for holes before they read, shorter ones if what was read looks like it.
+_LOOK_FIRST: Final = 64 * KIB
 
 _FAILED: Final = {
     Command.READ: "reading from file failed",
@@ -63,7 +66,6 @@ class Commands:
         self._writethrough = writethrough
         self._contexts = negotiated.contexts
         self._allowed = _allowed(wire)
-        self._zeroes = bytes(64 * KIB)
         self._work: dict[int, Callable[[Target, Request, Buffer], Pieces]] = {
             Command.READ: self._read,
             Command.WRITE: self._write,
@@ -103,7 +105,7 @@ class Commands:
         if offset + reach > size:
             text = f"operation past EOF; From: {offset}, Len: {length}, Size: {size}"
             raise RefusedError(wire_errno(errno.ENOSPC if command in _WRITING else errno.EINVAL), text)
-        if flags & ~self._allowed.get(command, _FUA):
+        if flags & ~self._allowed.get(command, int(_FUA)):  # plain numbers: ~ of an IntFlag forgets unknown bits
             name = COMMAND_NAMES.get(Command(command), "<unknown>") if command in COMMAND_NAMES else "<unknown>"
             raise RefusedError(wire_errno(errno.EINVAL), f"unsupported flags for command {name} (got 0x{flags:x})")
         if command not in self._work:
@@ -116,33 +118,23 @@ class Commands:
         flags = request.flags
         if flags & _FUA:
             target.device.flush()
-        if wire.structured and length and not flags & CommandFlag.DF and self._may_be_empty(target, offset, length):
+        sparse = wire.structured and length and not flags & CommandFlag.DF
+        if sparse and length > _LOOK_FIRST:
             return self._read_sparse(target, request)
         data = bytearray(length)
         if length:
             target.device.readinto(offset, memoryview(data))
+        # Where neither end is zero there is hardly a hole: the question for it would cost more than the data.
+        if sparse and not (data[0] and data[-1]):
+            return self._read_sparse(target, request)
         return [wire.data(cookie, offset, offset, length), data]
-
-    def _may_be_empty(self, target: Target, offset: int, length: int) -> bool:
-        """Is a question for holes worth its time? For small reads a look at both ends tells."""
-        if length > 64 * KIB:
-            return True
-        if length < 1 * KIB:
-            return False
-        edge = memoryview(bytearray(512))
-        target.device.readinto(offset, edge)
-        if edge == self._zeroes[:512]:
-            return True
-        target.device.readinto(offset + length - 512, edge)
-        return edge == self._zeroes[:512]
 
     def _read_sparse(self, target: Target, request: Request) -> Pieces:
         """Data and holes in ascending order."""
-        wire, (_, _, _, cookie, offset, length) = self._wire, request
+        wire, cookie, offset, length = self._wire, request.cookie, request.offset, request.length
         pieces: Pieces = []
         end = offset + length
-        found = extents(target.layers, "base:allocation", offset, length, one=False)
-        for size, flags in found:
+        for size, flags in extents(target.layers, BASE_ALLOCATION, offset, length, one=False):
             last = offset + size == end
             if flags:
                 pieces.append(wire.hole(cookie, request.offset, offset, size, last=last))
@@ -234,10 +226,10 @@ def _allowed(wire: Wire) -> dict[int, int]:
     """Command -> flags it may have."""
     payload = CommandFlag.PAYLOAD_LEN if wire.extended else 0
     return {
-        Command.READ: _FUA | (CommandFlag.DF if wire.structured else 0),
-        Command.WRITE: _FUA | payload,
-        Command.WRITE_ZEROES: _FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
-        Command.BLOCK_STATUS: _FUA | CommandFlag.REQ_ONE | payload,
+        Command.READ: int(_FUA | (CommandFlag.DF if wire.structured else 0)),
+        Command.WRITE: int(_FUA | payload),
+        Command.WRITE_ZEROES: int(_FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO),
+        Command.BLOCK_STATUS: int(_FUA | CommandFlag.REQ_ONE | payload),
     }
 
 

@@ -190,7 +190,7 @@ class Handshake:
 
     def _client_flags(self, data: bytes) -> Iterator[Action]:
         (value,) = _U32.unpack(data)
-        unknown = value & ~(ClientFlag.FIXED | ClientFlag.NO_ZEROES)
+        unknown = value & ~3
         self._flags = ClientFlag(value & 3)
         if unknown:
             yield Close(f"Unknown client flags 0x{unknown:x} received")

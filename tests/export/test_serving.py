@@ -77,7 +77,9 @@ def test_requests_that_are_refused(export: NbdExport, mode: str) -> None:
         (ZEROES, size, 1, 0): (28, f"operation past EOF; From: {size}, Len: 1, Size: {size}"),
         (READ, 0, (32 << 20) + 1, 0): (22, "len (33554433) is larger than max len (33554432)"),
         (READ, 0, 8, 8): (22, "unsupported flags for command read (got 0x8)"),
-        (99, 0, 0, 0): (22, "invalid request type (99) received"),
+        (READ, 0, 8, 0x8000): (22, "unsupported flags for command read (got 0x8000)"),
+        (99, 0, 0, 0x8000): (22, "unsupported flags for command <unknown> (got 0x8000)"),
+        (99, 0, 0, 1): (22, "invalid request type (99) received"),
         (FLUSH, size + 1, 0, 0): (22, f"operation past EOF; From: {size + 1}, Len: 0, Size: {size}"),
     }
     with client(export, mode) as guest:
