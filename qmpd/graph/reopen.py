@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Final
 
 from qmpd.block.api import Role
-from qmpd.errors import QmpdError
+from qmpd.errors import Kind, QmpdError
 from qmpd.graph.edit import Edit, Graph
 from qmpd.graph.node import Backend, Edge, Node
 from qmpd.graph.open import check_common, driver_options
@@ -107,8 +107,13 @@ class _Reopening:
     def _link(self, node: Node, slot: str, edge: Edge | None, child: Node) -> None:
         if edge is not None and edge.node is child:
             return
+        if slot == "backing" and not node.opened.supports_backing:
+            text = f"Driver '{node.driver_name}' of node '{node.name}' does not support backing files"
+            raise QmpdError(text, Kind.UNSUPPORTED, node=node.name)
         if slot not in ("file", "backing"):
             raise _unchangeable(node, slot)
+        if slot == "file" and edge is None:  # only a description for another driver has one
+            raise _unchangeable(node, "driver")
         if edge is None:
             self.edit.attach(node, slot, child, child_role(node.driver_name, slot, node.spec.options))
         else:
