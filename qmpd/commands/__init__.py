@@ -23,6 +23,7 @@ from qmpd.commands import (
     image_check,
     jobs,
     objects,
+    plan_commit,
     state,
 )
 
@@ -44,5 +45,6 @@ __all__ = [
     "image_check",
     "jobs",
     "objects",
+    "plan_commit",
     "state",
 ]

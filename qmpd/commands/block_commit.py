@@ -29,9 +29,13 @@ class BlockCommit(QapiModel):
     auto_dismiss: Bool | None = None
 
 
+def request_of(args: BlockCommit) -> CommitRequest:
+    """What was not given keeps the default of CommitRequest."""
+    return CommitRequest(**{name: value for name, value in args if value is not None})
+
+
 @command("block-commit")
 async def block_commit(ctx: Context, args: BlockCommit) -> None:
     """Start a job that moves the data of ``top`` and all images down to ``base`` into ``base``."""
-    # What was not given keeps the default of CommitRequest.
-    request = CommitRequest(**{name: value for name, value in args if value is not None})
+    request = request_of(args)
     await ctx.jobs.launch(lambda: make_commit(ctx.graph, request))

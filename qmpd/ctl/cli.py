@@ -10,6 +10,7 @@ from qmpd import __version__
 from qmpd.ctl import commands, text
 from qmpd.ctl.check import Verdict, run_check
 from qmpd.ctl.commit import run_commit, run_commit_offline
+from qmpd.ctl.plan import run_plan
 from qmpd.ctl.watch import run_watch
 
 _EPILOG = """\
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     _queries(table.add_parser)
     _commit(table.add_parser)
     _commit_offline(table.add_parser)
+    _plan(table.add_parser)
     _check(table.add_parser)
     _jobs(table.add_parser)
     _raw(table.add_parser)
@@ -91,9 +93,7 @@ def _commit(add: Add) -> None:
     )
     commit.set_defaults(run=run_commit)
     option = commit.add_argument
-    option("device", metavar="DEVICE", help="node name of the chain's active image")
-    option("--top", metavar="NODE", help="topmost image to merge; default: DEVICE itself (an active commit)")
-    option("--base", metavar="NODE", help="image to merge into; default: the deepest of the chain")
+    _stretch(commit)
     _job_options(commit)
     option("--backing-file", metavar="NAME", help="what to write into the overlay's header instead of base's name")
     option("--backing-mask-protocol", action="store_true", help="write the format 'raw' for a bare protocol node")
@@ -101,6 +101,27 @@ def _commit(add: Add) -> None:
     option("--manual-finalize", action="store_true", help="wait for 'qmpctl finalize' before the chain changes")
     option("--keep-ready", action="store_true", help="leave an active commit in sync instead of completing it")
     _start_options(commit)
+
+
+def _stretch(commit: argparse.ArgumentParser) -> None:
+    option = commit.add_argument
+    option("device", metavar="DEVICE", help="node name of the chain's active image")
+    option("--top", metavar="NODE", help="topmost image to merge; default: DEVICE itself (an active commit)")
+    option("--base", metavar="NODE", help="image to merge into; default: the deepest of the chain")
+
+
+def _plan(add: Add) -> None:
+    plan = add(
+        "plan",
+        help="what would a commit do, and what would stop it?",
+        description="Show what 'commit' with the same arguments would copy, how base would grow, and what would stop"
+        " it. Changes nothing. Needs qmpd as the daemon.",
+        epilog="exit status: 0 nothing would stop it, 1 something would",
+    )
+    plan.set_defaults(run=run_plan)
+    _stretch(plan)
+    plan.add_argument("--speed", type=size_argument, metavar="RATE", help="with this limit in bytes a second")
+    _json(plan)
 
 
 def _commit_offline(add: Add) -> None:

@@ -91,16 +91,16 @@ class ActiveCommitJob(CopyJob):
         cell.set_speed(self._request.speed)
         self._cell = cell
         self._layers = chain.layers(self._plan.top, self._plan.base)
-        yield from quietly(self._graph, [self._plan.top], self._enter_graph)
+        yield from quietly(self._graph, [self._plan.top], self._enter)
 
-    def _enter_graph(self) -> None:
+    def enter_graph(self, edit: Edit) -> None:
+        """The change of the graph that the start makes."""
         top = self._plan.top
         spec = NodeSpec(MirrorTop.format_name, read_only=False, discard=top.spec.discard)
-        with self._graph.edit() as edit:
-            edit.set_read_only(self._plan.base, False)
-            self._insert_filter(edit, spec, lambda below: MirrorTop(below, self._dirty))
-            self._attach_job(edit)
-            self._freeze(edit)
+        edit.set_read_only(self._plan.base, False)
+        self._insert_filter(edit, spec, lambda below: MirrorTop(below, self._dirty))
+        self._attach_job(edit)
+        self._freeze(edit)
 
     def _attach_job(self, edit: Edit) -> None:
         plan = self._plan

@@ -57,16 +57,16 @@ class CommitJob(RegionJob):
         self._headers = [(node.opened, self._new_backing.reference(node)) for node in overlays]
         self._blank_end = self._visible_end(overlays)
         self._layers = chain.layers(self._plan.top, self._plan.base)
-        yield from quietly(self._graph, [self._plan.top], self._enter_graph)
+        yield from quietly(self._graph, [self._plan.top], self._enter)
 
-    def _enter_graph(self) -> None:
+    def enter_graph(self, edit: Edit) -> None:
+        """The change of the graph that the start makes."""
         spec = NodeSpec(CommitTop.format_name, read_only=True)
-        with self._graph.edit() as edit:
-            edit.set_read_only(self._plan.base, False)
-            self._insert_filter(edit, spec, lambda below: CommitTop.open({"backing": below}))
-            self._attach_job(edit)
-            self._attach_users(edit)
-            self._freeze(edit)
+        edit.set_read_only(self._plan.base, False)
+        self._insert_filter(edit, spec, lambda below: CommitTop.open({"backing": below}))
+        self._attach_job(edit)
+        self._attach_users(edit)
+        self._freeze(edit)
 
     def _attach_job(self, edit: Edit) -> None:
         """The job as a parent: this is what refuses other jobs."""

@@ -67,6 +67,14 @@ class CopyJob(ChainJob):
 
     # -- entering and leaving the graph --------------------------------------------------------------------------------
 
+    def enter_graph(self, edit: Edit) -> None:
+        """The change of the graph that the start makes: filter, permissions, frozen links."""
+        raise NotImplementedError
+
+    def _enter(self) -> None:
+        with self._graph.edit() as edit:
+            self.enter_graph(edit)
+
     def _insert_filter(self, edit: Edit, spec: NodeSpec, open_driver: Callable[[BlockDevice], Driver]) -> Node:
         """Put a node above top that all users of top go through."""
         name = self._request.filter_node_name
@@ -85,6 +93,11 @@ class CopyJob(ChainJob):
         self._frozen = chain.freeze(edit, self._the_filter, self._plan.base) + above
         for edge in above:
             edit.freeze(edge)
+
+    @property
+    def visible_end(self) -> int:
+        """Before the start: up to where, beyond top, base must come to read as zeros; 0 if there is nothing."""
+        return self._visible_end(self._overlays(self._plan.top))
 
     def _overlays(self, node: Node) -> list[Node]:
         """All images backed by ``node``."""

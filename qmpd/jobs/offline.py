@@ -69,19 +69,19 @@ class OfflineCommitJob(RegionJob):
         cell.set_speed(self._request.speed)
         self._set_goal(cell)
         self._layers = chain.layers(self._plan.top, self._plan.base)
-        yield from quietly(self._graph, [self._plan.top], self._enter_graph)
+        yield from quietly(self._graph, [self._plan.top], self._enter)
 
-    def _enter_graph(self) -> None:
+    def enter_graph(self, edit: Edit) -> None:
+        """The change of the graph that the start makes."""
         image, base = self._plan.top, self._plan.base
-        with self._graph.edit() as edit:
-            edit.set_read_only(base, False)
-            if not self._keep:
-                edit.set_read_only(image, False)
-            # Writes to the image would be lost. Not sharing them would forbid this job to write to base as well.
-            edit.admit_writers(self._hold(edit, "main node", image), [])
-            self._hold(edit, "base", base)
-            self._attach_users(edit)
-            self._frozen = chain.freeze(edit, image, base)
+        edit.set_read_only(base, False)
+        if not self._keep:
+            edit.set_read_only(image, False)
+        # Writes to the image would be lost. Not sharing them would forbid this job to write to base as well.
+        edit.admit_writers(self._hold(edit, "main node", image), [])
+        self._hold(edit, "base", base)
+        self._attach_users(edit)
+        self._frozen = chain.freeze(edit, image, base)
 
     def _attach_users(self, edit: Edit) -> None:
         perm = Perm.CONSISTENT_READ | Perm.WRITE

@@ -45,6 +45,8 @@ class Allocator:
         #: No cluster from here on was ever written: they read as zeros once the file reaches them.
         self.virgin = ceil_div(image.file_end, image.geometry.cluster_size)
         self._freed: list[Freed] = []
+        #: Clusters taken, for whatever use, less those free again, since the image was opened.
+        self.balance = 0
         #: Where the file ended at first: what lay behind was nobody's.
         self._old_end = self.virgin
         #: By refcount block, which clusters of the old file were taken since: entries older than that must not refer
@@ -66,9 +68,11 @@ class Allocator:
                 count -= len(taken)
                 found.append(taken)
         except QmpdError:
+            self.balance += sum(map(len, found))
             self.give_back(np.concatenate(found) if found else np.empty(0, np.int64))
             raise
         clusters = found[0] if len(found) == 1 else np.concatenate(found)
+        self.balance += len(clusters)
         return self._accept(clusters)
 
     def allocate_one(self) -> int:
@@ -82,6 +86,7 @@ class Allocator:
             return int(self.allocate(1)[0])
         image.announce(Event.CLUSTER_ALLOC)
         block.data[position] = 1
+        self.balance += 1
         if cluster < self._old_end:
             self._note_taken(index, slice(position, position + 1))
         image.meta.refcount_blocks.touch(block, position, position + 1)
@@ -108,6 +113,7 @@ class Allocator:
         """The first of ``count`` neighbouring clusters, taken."""
         self._image.announce(Event.CLUSTER_ALLOC)
         first = self._find_run(count)
+        self.balance += count
         if first is None:
             return int(self._accept(np.arange(count, dtype=np.int64) + self._append_region(count))[0])
         clusters = np.arange(first, first + count, dtype=np.int64)
@@ -199,6 +205,7 @@ class Allocator:
             image.meta.refcount_blocks.create(offset, data)
             image.meta.refcount_table[index + i] = offset
             image.overlap.blocks.add(first + i)
+        self.balance += count
         self.virgin = max(self.virgin, first + count)
 
     def _append_region(self, extra: int) -> int:
@@ -235,6 +242,7 @@ class Allocator:
             self._image.meta.refcount_blocks.forget((first + i) * self._image.geometry.cluster_size)
             self._image.meta.refcount_table.revert(index + i)
             self._image.overlap.blocks.discard(first + i)
+        self.balance -= count
 
     def _plan_region(self, index: int, extra: int) -> tuple[int, int]:
         """Blocks and table clusters that a region starting at block ``index`` needs."""
@@ -267,6 +275,7 @@ class Allocator:
         image.meta.refcount_blocks.settle(blocks)
         table.offset = first * size
         table.settle()
+        self.balance += clusters
         image.header = replace(old, refcount_table_offset=first * size, refcount_table_clusters=clusters)
         image.note_areas()
         gone = old.refcount_table_offset // size + np.arange(old.refcount_table_clusters, dtype=np.int64)
@@ -311,6 +320,7 @@ class Allocator:
         self._refcounts.add(clusters, -1)
         clusters = np.unique(clusters)
         gone: I64 = clusters[self._refcounts.get_many(clusters) == 0]
+        self.balance -= len(gone)
         if len(gone):
             self._cursor = min(self._cursor, int(gone[0]))
         return gone

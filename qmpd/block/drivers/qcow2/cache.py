@@ -93,6 +93,8 @@ class TableCache:
         self._codec = codec
         self._size = table_size
         self.limit = limit
+        #: Are tables kept for good, however many?
+        self.keeps_all = False
         self._tables: OrderedDict[int, Table] = OrderedDict()
         self._dirty: dict[int, Table] = {}
 
@@ -180,7 +182,7 @@ class TableCache:
     def trim(self) -> None:
         """Drop unchanged tables, oldest first, down to the limit."""
         excess = len(self._tables) - max(2, self.limit // self._size)
-        if excess <= 0:
+        if excess <= 0 or self.keeps_all:
             return
         for offset in [o for o in self._tables if o not in self._dirty][:excess]:
             del self._tables[offset]
