@@ -16,6 +16,7 @@ from qmpd.block.copy import CopyEngine, _intersect, _Piece, _Place
 from qmpd.block.extents import ChainRun, Runs
 from qmpd.block.storage.posix import zero_fill
 from qmpd.errors import Kind, QmpdError
+from qmpd.units import SECTOR, align_up
 
 if TYPE_CHECKING:
     from qmpd.block.api import Offsets
@@ -31,11 +32,13 @@ class Shadow:
     placement_unit = None
     data_child = None
 
-    def __init__(self, file: BlockDevice) -> None:
+    def __init__(self, file: BlockDevice, end: int) -> None:
+        """``end``: how long the file really is, in bytes, for a node's length is whole sectors."""
         self._file = file
         self._real = file.length
-        #: Where the file would end now, bytes.
         self.length = self._real
+        #: Where the file would end now, bytes.
+        self.end = end
 
     @property
     def growable(self) -> bool:
@@ -61,10 +64,11 @@ class Shadow:
         """There is nothing."""
 
     def note_written(self, end: int) -> None:
-        self.length = max(self.length, end)
+        self.end = max(self.end, end)
+        self.length = max(self.length, align_up(end, SECTOR))
 
     def truncate(self, length: int) -> None:
-        self.length = length
+        self.end, self.length = length, align_up(length, SECTOR)
 
     def map(self, offset: int, length: int) -> Runs:
         return self._file.map(offset, length)

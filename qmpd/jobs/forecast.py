@@ -32,7 +32,7 @@ from qmpd.jobs.plan import CommitPlan
 from qmpd.jobs.regions import Window
 from qmpd.jobs.surgery import quietly
 from qmpd.steps import Steps
-from qmpd.units import MIB
+from qmpd.units import MIB, SECTOR, align_up
 
 #: Bytes read to see how fast reading is.
 _SAMPLE: Final = 16 * MIB
@@ -181,7 +181,7 @@ class _Work:
         return self._raw_growth(base)
 
     def _qcow2_growth(self, base: Qcow2) -> Growth:
-        rehearsal = Rehearsal(base)
+        rehearsal = Rehearsal(base, self._file_end())
         before = rehearsal.inventory()
         self._rehearse(rehearsal.driver)
         added = rehearsal.inventory().since(before)
@@ -197,6 +197,11 @@ class _Work:
             refcount_blocks=added.refcount_blocks,
             refcount_table_clusters=added.refcount_table_clusters,
         )
+
+    def _file_end(self) -> int | None:
+        """The exact length of base's file, if base is all there is in it."""
+        storage = _storage(self.plan.base)
+        return os.fstat(storage.fd).st_size if storage is not None else None
 
     def _rehearse(self, target: Driver) -> None:
         """The steps of the job's body."""
@@ -219,7 +224,11 @@ class _Work:
         data = 0
         for runs in self.windows():
             data += _filling(base, runs)
-        return Growth(file_size=max(0, self._length - base.length), data=data)
+        begin, end = base.length, max(base.length, self._length)
+        exact = self._file_end()
+        if exact is not None and end > begin == align_up(exact, SECTOR):
+            begin = exact
+        return Growth(file_size=end - begin, data=data)
 
     def expected_seconds(self, amount: Amount) -> float | None:
         """From the time that reading the first data takes. Writing is taken to be as fast: an estimate."""

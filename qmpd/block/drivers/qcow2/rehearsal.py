@@ -43,10 +43,11 @@ class Inventory:
 class Rehearsal:
     """An image like ``model``, to be written to without consequences. ``model`` must not change meanwhile."""
 
-    def __init__(self, model: Qcow2) -> None:
-        """Raises what making ``model`` writable would."""
+    def __init__(self, model: Qcow2, end: int | None = None) -> None:
+        """``end``: the file's exact length in bytes, where it is known. Raises what making ``model`` writable would."""
         model.flush()
-        self.file = Shadow(model._image.file)
+        file = model._image.file
+        self.file = Shadow(file, file.length if end is None else end)
         children = {"file": self.file, "backing": model._reader.backing}
         present = {name: child for name, child in children.items() if child is not None}
         self.driver = type(model).open(present, model._options, read_only=False)
@@ -58,8 +59,8 @@ class Rehearsal:
         """As of now."""
         image, size = self._image, self._image.geometry.cluster_size
         return Inventory(
-            self.file.length,
-            ceil_div(self.file.length, size),
+            self.file.end,
+            ceil_div(self.file.end, size),
             ceil_div(image.header.l1_size * 8, size),
             int(np.count_nonzero(image.meta.l1.entries)),
             int(np.count_nonzero(image.meta.refcount_table.entries)),
