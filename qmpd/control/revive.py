@@ -16,7 +16,7 @@ from qmpd.control.history import Result
 from qmpd.control.registry import Context, lookup
 from qmpd.errors import QmpdError
 from qmpd.graph.open import close_unreferenced
-from qmpd.graph.remember import restore
+from qmpd.graph.remember import restore, with_all_below
 from qmpd.jobs.job import Job
 from qmpd.jobs.remake import remake
 from qmpd.jobs.table import Status
@@ -73,7 +73,7 @@ class Revival:
     async def _open_nodes(self) -> None:
         async with self._ctx.graph_lock:
             failed = await run_steps(restore(self._ctx.graph, self._loaded.nodes))
-        self._records.unrestored |= failed.keys()
+        self._records.unrestored |= with_all_below(self._loaded.nodes, failed)
         self.things |= {f"node:{name}" for name in self._loaded.nodes.keys() - failed.keys()}
         for name, error in failed.items():
             self._failed("node", name, error)

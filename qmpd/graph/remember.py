@@ -105,6 +105,18 @@ def restore(graph: Graph, rows: Mapping[str, Row]) -> Steps[dict[str, QmpdError]
     return failed
 
 
+def with_all_below(rows: Mapping[str, Row], names: Iterable[str]) -> set[str]:
+    """The names, and those of all nodes that they would need."""
+    found: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name in rows and name not in found:
+            found.add(name)
+            left += [child for child in rows[name]["children"].values() if child is not None]
+    return found
+
+
 def _restore_node(graph: Graph, name: str, row: Row) -> Steps[None]:
     options = dict(row["options"])
     if "directory" in row and row["directory"] != os.getcwd():
