@@ -36,14 +36,10 @@ class Child:
     @contextmanager
     def client(self) -> Iterator[Client]:
         """A negotiated client."""
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(PATIENCE)
-        sock.connect(self._path)
-        client = Client(sock)
-        try:
-            yield client
-        finally:
-            client.close()
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(PATIENCE)
+            sock.connect(self._path)
+            yield Client(sock)
 
     def wait(self) -> int:
         """How it ended, as os.waitstatus_to_exitcode says."""
