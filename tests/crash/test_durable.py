@@ -1,7 +1,7 @@
 """Commits of a daemon with a state, killed again and again: each goes on where it was, and is told of once.
 
-A round is a random chain and one commit. The daemon is killed at a random call that changes an image, or at a random
-event, and started anew until the commit is over. ``CRASH_SEED`` chooses the rounds.
+A round is a random chain and one commit. The daemon is killed at a random call that changes an image, and
+started anew until the commit is over. ``CRASH_SEED`` chooses the rounds.
 """
 
 from __future__ import annotations
