@@ -7,11 +7,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.bench import commits, monitor, reflink
+from tests.bench import commits, exports, monitor, reflink
 from tests.bench.runner import HEADER, RUNS, SCALE, Row
 from tests.daemons import PEER, QMPD
 
-TOPICS = {topic.name: topic for topic in (*commits.TOPICS, *reflink.TOPICS, *monitor.TOPICS)}
+TOPICS = {topic.name: topic for topic in (*commits.TOPICS, *reflink.TOPICS, *monitor.TOPICS, *exports.TOPICS)}
 
 
 def main(names: list[str]) -> int:
