@@ -17,14 +17,16 @@ import trio
 from qmpd import commands, options
 from qmpd.block.trust import Trust
 from qmpd.commands import blockdev_options, throttle_groups
-from qmpd.control import chardev
+from qmpd.commands.block_exports import NbdServerOptions
+from qmpd.control import chardev, exports
 from qmpd.control.bridge import JOBS, run_steps
 from qmpd.control.bus import Bus
 from qmpd.control.durable import INTERVAL, DurableRecords
+from qmpd.control.exports import Exports
 from qmpd.control.manager import JobManager
 from qmpd.control.objects import ObjectStore
 from qmpd.control.process import PidFile, daemonize
-from qmpd.control.qapi import Source
+from qmpd.control.qapi import WIRE, Source
 from qmpd.control.records import Records
 from qmpd.control.registry import Context, lookup
 from qmpd.control.revive import Revival
@@ -103,7 +105,9 @@ class Core:
         self._records = durable or Records(self.bus)
         self.jobs = JobManager(self.bus.publish, JOBS, graph, graph_lock, self._records)
         self.ctx = Context(graph, self.jobs, self.bus, objects, self.shutdown, graph_lock)
+        self.exports = Exports(graph, graph_lock, self.bus.publish)
         self.ctx.rooms["records"] = self._records
+        self.ctx.rooms[exports.ROOM] = self.exports
         self.durable = durable
         self.revival: Revival | None = None
         if state is not None and durable is not None:
@@ -119,6 +123,7 @@ class Core:
         """Serve until :meth:`shutdown`, then part from the clients and close the nodes."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self.jobs.serve)
+            await nursery.start(self.exports.serve)
             await nursery.start(self.server.serve)
             nursery.start_soon(self._records.tell_progress)
             if self.durable is not None:
@@ -133,10 +138,11 @@ class Core:
         self.finished.set()
 
     async def shutdown(self) -> None:
-        """End the daemon: returns when the jobs are gone, so that their events precede the reply to quit."""
+        """End the daemon: returns when exports and jobs are gone, so that their events precede the reply to quit."""
         if not self._is_ending:
             self._is_ending = True
             hurry(self.ctx.graph.nodes)
+            await self.exports.shutdown()
             await self.jobs.shutdown()
             self._jobs_gone.set()
         await self._jobs_gone.wait()
@@ -198,6 +204,8 @@ class StartUp:
     async def _carry_out(self, option: options.Option, meaning: object) -> None:
         match meaning:
             case options.Arguments(tree=tree, source=source):
+                if option.name == "nbd-server":
+                    tree, source = NbdServerOptions.parse(tree, source).as_command(), WIRE
                 if not self._is_back(option.name, tree):
                     await self._call(COMMANDS[option.name], tree, source)
             case options.Monitor():

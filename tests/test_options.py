@@ -284,7 +284,7 @@ class TestStructOptions:
 
         assert isinstance(listing, Show)
         assert listing.status == 0
-        assert listing.text.startswith("List of user creatable objects:\n  iothread\n")
+        assert listing.text.startswith("List of user creatable objects:\n  authz-simple\n  iothread\n")
         assert meaning("object", "1x,help") == listing
         assert meaning("object", "id=a,qom-type=secret,?").text == (
             "secret options:\n  data=<string>\n  file=<string>\n  format=<QCryptoSecretFormat>\n  iv=<string>\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from qmpd.commands import (
     block_commit,
+    block_exports,
     block_queries,
     block_stats,
     block_stream,
@@ -25,10 +26,12 @@ from qmpd.commands import (
     objects,
     plan_commit,
     state,
+    tls_objects,
 )
 
 __all__ = [
     "block_commit",
+    "block_exports",
     "block_queries",
     "block_stats",
     "block_stream",
@@ -47,4 +50,5 @@ __all__ = [
     "objects",
     "plan_commit",
     "state",
+    "tls_objects",
 ]

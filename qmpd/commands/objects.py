@@ -28,9 +28,12 @@ _INT64_MAX = (1 << 63) - 1
 class ObjectType(StrEnum):
     """Types of objects that can be added."""
 
+    AUTHZ_SIMPLE = "authz-simple"
     IOTHREAD = "iothread"
     SECRET = "secret"
     THROTTLE_GROUP = "throttle-group"
+    TLS_CREDS_ANON = "tls-creds-anon"
+    TLS_CREDS_X509 = "tls-creds-x509"
 
 
 class ObjectOptions(QapiModel, discriminator="qom_type"):
@@ -229,12 +232,14 @@ def _make_throttle_group(_store: ObjectStore, options: ObjectOptions) -> UserObj
     return throttle_groups.make(options.id, single, options.limits.to_wire() if options.limits else {})
 
 
-MAKERS: dict[ObjectType, Callable[[ObjectStore, ObjectOptions], UserObject]] = {
+Maker = Callable[[ObjectStore, ObjectOptions], UserObject]
+
+MAKERS: dict[ObjectType, Maker] = {
     ObjectType.IOTHREAD: _make_iothread,
     ObjectType.SECRET: _make_secret,
     ObjectType.THROTTLE_GROUP: _make_throttle_group,
 }
-"""Type -> what makes one; called in a worker thread. Raises QmpdError."""
+"""Type -> what makes one; called in a worker thread. Raises QmpdError. Other families add theirs."""
 
 
 @command("object-add")
@@ -322,7 +327,7 @@ def qom_set(ctx: Context, args: QomAssignment) -> None:
 
 
 @dataclass(frozen=True)
-class _Type:
+class TypeRow:
     """A type in the eyes of qom-list-types; ``thing`` is None for one that cannot be asked for its properties."""
 
     parent: str | None
@@ -331,17 +336,18 @@ class _Type:
     user_creatable: bool = False
 
 
-_TYPES = {
-    "container": _Type("object", Container),
-    "iothread": _Type("event-loop-base", Iothread, user_creatable=True),
-    "secret": _Type("secret_common", Secret, user_creatable=True),
-    "secret_common": _Type("object", Thing, abstract=True, user_creatable=True),
-    "interface": _Type(None, None, abstract=True),
-    "throttle-group": _Type("object", ThrottleGroupObject, user_creatable=True),
-    "event-loop-base": _Type("object", Thing, abstract=True, user_creatable=True),
-    "user-creatable": _Type("interface", None, abstract=True, user_creatable=True),
-    "object": _Type(None, Thing, abstract=True),
+TYPES = {
+    "container": TypeRow("object", Container),
+    "iothread": TypeRow("event-loop-base", Iothread, user_creatable=True),
+    "secret": TypeRow("secret_common", Secret, user_creatable=True),
+    "secret_common": TypeRow("object", Thing, abstract=True, user_creatable=True),
+    "interface": TypeRow(None, None, abstract=True),
+    "throttle-group": TypeRow("object", ThrottleGroupObject, user_creatable=True),
+    "event-loop-base": TypeRow("object", Thing, abstract=True, user_creatable=True),
+    "user-creatable": TypeRow("interface", None, abstract=True, user_creatable=True),
+    "object": TypeRow(None, Thing, abstract=True),
 }
+"""Name -> what is told about it. Other families add theirs."""
 
 
 class QomTypes(QapiModel):
@@ -362,25 +368,25 @@ def qom_list_types(_ctx: Context, args: QomTypes) -> list[ObjectTypeInfo]:
     """Types, the abstract ones if asked for."""
     return [
         ObjectTypeInfo(name=name, abstract=kind.abstract or None, parent=kind.parent)
-        for name, kind in _TYPES.items()
+        for name, kind in TYPES.items()
         if (args.abstract or not kind.abstract) and (args.implements is None or _implements(name, args.implements))
     ]
 
 
 def _implements(name: str | None, wanted: str) -> bool:
     while name is not None:
-        if name == wanted or (wanted == "user-creatable" and _TYPES[name].user_creatable):
+        if name == wanted or (wanted == "user-creatable" and TYPES[name].user_creatable):
             return True
-        name = _TYPES[name].parent
+        name = TYPES[name].parent
     return False
 
 
 @command("qom-list-properties", returns=list[ObjectPropertyInfo])
 def qom_list_properties(_ctx: Context, args: QomTypeName) -> list[dict[str, str]]:
     """The properties of a type."""
-    if args.typename not in _TYPES:
+    if args.typename not in TYPES:
         raise QmpdError(f"Class '{args.typename}' not found", Kind.DEVICE_NOT_FOUND)
-    thing = _TYPES[args.typename].thing
+    thing = TYPES[args.typename].thing
     if thing is None:
         raise QmpdError("Parameter 'typename' expects a QOM type")
     return describe(thing)

@@ -46,21 +46,74 @@ def bind_unix(path: str) -> socket.socket:
     return sock
 
 
+def bind_abstract(name: str, *, tight: bool = True) -> socket.socket:
+    """A listening UNIX socket that is no file; not ``tight``: its name is padded to the longest. Raises QmpdError."""
+    _check_path(name)
+    address = b"\0" + os.fsencode(name)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.bind(address if tight else address.ljust(_PATH_ROOM, b"\0"))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise _cannot_bind(name, error.errno) from None
+    return sock
+
+
 def bind_tcp(host: str, port: str) -> socket.socket:
     """A listening TCP socket; an empty host means every address, port 0 any port. Raises QmpdError."""
     failure = errno.EADDRNOTAVAIL
-    for family, kind, protocol, _name, address in _resolve(host, port, passive=True):
-        sock = socket.socket(family, kind, protocol)
+    for family, _kind, _protocol, _name, address in _resolve(host, port, passive=True):
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-            sock.listen(BACKLOG)
+            return _listening(family, address)
         except OSError as error:
-            sock.close()
             failure = error.errno or failure
-        else:
-            return sock
     raise QmpdError(f"Failed to find an available port: {strerror(failure)}", Kind.IO, errno=failure)
+
+
+def bind_every(
+    host: str, port: str, *, family: int = socket.AF_UNSPEC, last_port: int = 0, numeric: bool = False
+) -> list[socket.socket]:
+    """Listening TCP sockets, one for each address that the name stands for; at least one, others may fail.
+
+    The first free port from ``port`` to ``last_port`` is taken. Raises QmpdError. Blocks while names are looked up.
+    """
+    listening: list[socket.socket] = []
+    failure = errno.EADDRNOTAVAIL
+    for found, _kind, _protocol, _name, address in _resolve(host, port, passive=True, family=family, numeric=numeric):
+        try:
+            listening.append(_on_first_port(found, address, last_port))
+        except OSError as error:
+            failure = error.errno or failure
+    if not listening:
+        text = "Failed to find an available port" if failure == errno.EADDRINUSE else "Failed to bind socket"
+        raise QmpdError(f"{text}: {strerror(failure)}", Kind.IO, errno=failure)
+    return listening
+
+
+def _on_first_port(family: int, address: tuple[Any, ...], last: int) -> socket.socket:
+    host, first, *rest = address
+    for port in range(first, max(first, last) + 1):
+        try:
+            return _listening(family, (host, port, *rest), only_own_family=True)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or port >= last:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _listening(family: int, address: tuple[Any, ...], *, only_own_family: bool = False) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if only_own_family and family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def connect_unix(path: str) -> socket.socket:
@@ -121,6 +174,7 @@ class Listener:
         """
         sock.setblocking(False)
         self._sock = sock
+        self._short = False
         self._path = os.path.abspath(path) if path else None
         self._identity = _identity(self._path)
 
@@ -135,16 +189,29 @@ class Listener:
     async def accept(self) -> socket.socket:
         """The next connection."""
         while True:
-            await trio.lowlevel.wait_readable(self._sock)
-            try:
-                return self._sock.accept()[0]
-            except (BlockingIOError, ConnectionAbortedError):
-                continue
-            except OSError as error:
-                if error.errno not in _SHORTAGES:
-                    raise
-                _log.warning("cannot accept a connection: %s", strerror(error.errno))
-                await trio.sleep(0.1)
+            await self.ready()
+            if (sock := self.take()) is not None:
+                return sock
+
+    async def ready(self) -> None:
+        """Until there may be a connection to :meth:`take`."""
+        if self._short:
+            self._short = False
+            await trio.sleep(0.1)
+        await trio.lowlevel.wait_readable(self._sock)
+
+    def take(self) -> socket.socket | None:
+        """A connection that is there; None if there is none, or no descriptor for it."""
+        try:
+            return self._sock.accept()[0]
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        except OSError as error:
+            if error.errno not in _SHORTAGES:
+                raise
+            _log.warning("cannot accept a connection: %s", strerror(error.errno))
+            self._short = True
+            return None
 
     async def serve(self, attach: Callable[[socket.socket], None]) -> None:
         """Hand every connection to ``attach``, for ever."""
@@ -195,10 +262,14 @@ def _answers(path: str) -> bool:
         return True
 
 
-def _resolve(host: str, port: str, *, passive: bool) -> list[tuple[Any, ...]]:
-    flags = socket.AI_PASSIVE if passive else 0
+def _resolve(
+    host: str, port: str, *, passive: bool, family: int = socket.AF_UNSPEC, numeric: bool = False
+) -> list[tuple[Any, ...]]:
+    if port.isdecimal() and int(port) >= 1 << 16:
+        raise QmpdError(f"address resolution failed for {host}:{port}: port is out of range [0, 65535]")
+    flags = (socket.AI_PASSIVE if passive else 0) | (socket.AI_NUMERICHOST if numeric else 0)
     try:
-        return list(socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags))
+        return list(socket.getaddrinfo(host or None, port or None, family, socket.SOCK_STREAM, flags=flags))
     except socket.gaierror as error:
         raise QmpdError(f"address resolution failed for {host}:{port}: {error.strerror}", Kind.IO) from None
 

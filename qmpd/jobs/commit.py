@@ -157,10 +157,10 @@ class CommitJob(RegionJob):
         self.passed = True
 
     def _leave_chain(self, successor: Node) -> None:
-        """Take the filter out; whoever was above it is on ``successor`` now."""
-        assert self._target.edge is not None
+        """Take the filter out; whoever was above it is on ``successor`` now, and may read there."""
         with self._graph.edit() as edit:
             chain.unfreeze(edit, self._frozen)
-            edit.set_perm(self._target.edge, Perm.NONE, Perm.ALL)
+            for edge in self._edges:
+                edit.set_perm(edge, Perm.NONE, Perm.ALL)
             edit.move_parents(self._the_filter, successor)
             edit.remove_node(self._the_filter)

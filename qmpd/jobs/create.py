@@ -93,7 +93,8 @@ class CreateQcow2(CreateJob):
             node = self._own = yield from open_tree(self._graph, self._file)
         check(self._options)
         with self._graph.edit() as edit:
-            self._edge = edit.attach(Backend(), "root", node, Role.NONE, perm=Perm.WRITE | Perm.RESIZE)
+            edge = edit.attach(Backend(), "root", node, Role.NONE, perm=Perm.WRITE | Perm.RESIZE)
+        self._edge = edge  # not before the edit has happened: clean() takes it away
 
     def make(self) -> None:
         assert self._edge is not None
