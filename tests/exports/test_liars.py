@@ -100,7 +100,7 @@ def test_an_iothread_in_use_is_not_deleted(server: Server) -> None:
 @pytest.mark.parametrize("structured", [False, True])
 def test_a_read_that_fails_is_answered(server: Server, structured: bool) -> None:
     """The peer hangs up on a structured read; here it is EIO in either mode, and the next read is served."""
-    fault = {"event": "read_aio", "errno": 5, "once": True, "immediately": True}
+    fault = {"event": "none", "iotype": "read", "errno": 5, "once": True}
     file = {"driver": "file", "filename": "disk"}
     (server.directory / "disk").write_bytes(b"d" * 65536)
     faulty = {"driver": "blkdebug", "node-name": "faulty", "image": file, "inject-error": [fault]}
