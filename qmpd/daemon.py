@@ -47,8 +47,6 @@ ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Option -> what it makes, as the state calls that, and the argument that names it.
 _NAMES: Final = {
     "blockdev": ("node", "node-name"),
-    "export": ("export", "id"),
-    "nbd-server": ("nbd-server", None),
     "object": ("object", "id"),
 }
 
@@ -220,10 +218,11 @@ class StartUp:
 
     def _is_back(self, option: str, tree: Mapping[str, Any]) -> bool:
         """Did the state bring it back already? Then the state knows better what became of it."""
-        if self._core.revival is None:
+        named = _NAMES.get(option)
+        if self._core.revival is None or named is None:
             return False
-        kind, member = _NAMES[option]
-        return (kind if member is None else f"{kind}:{tree.get(member)}") in self._core.revival.things
+        kind, member = named
+        return f"{kind}:{tree.get(member)}" in self._core.revival.things
 
     async def _call(self, command: str, tree: dict[str, Any], source: Source) -> None:
         ctx = self._core.ctx

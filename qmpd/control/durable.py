@@ -32,17 +32,15 @@ _SLACK: Final = 1000
 """So many events more than are wanted are kept before the oldest are forgotten in one go."""
 
 #: Command -> the kind of thing that it makes, and the argument that names it. It is repeated at the next start.
-MAKERS: Final[Mapping[str, tuple[str, str | None]]] = {
+#: Not exports: jobs and snapshots move them to other nodes, and one that came back on the node it was once made for
+#: would let a guest write to the wrong image.
+MAKERS: Final[Mapping[str, tuple[str, str]]] = {
     "object-add": ("object", "id"),
     "qom-set": ("property", "path"),
-    "nbd-server-start": ("nbd-server", None),
-    "block-export-add": ("export", "id"),
 }
 #: Command -> what is not repeated any more.
-ENDERS: Final[Mapping[str, tuple[str, str | None]]] = {
+ENDERS: Final[Mapping[str, tuple[str, str]]] = {
     "object-del": ("object", "id"),
-    "nbd-server-stop": ("nbd-server", None),
-    "block-export-del": ("export", "id"),
 }
 
 
@@ -201,22 +199,17 @@ class DurableRecords(Records):
         self._bus.publish("X_QMPD_STATE_LOST", {"error": error.desc})
 
 
-def _key(named: tuple[str, str | None], arguments: Mapping[str, Any]) -> str:
+def _key(named: tuple[str, str], arguments: Mapping[str, Any]) -> str:
     kind, member = named
     if kind == "property":
         return f"property:{arguments['path']}:{arguments['property']}"
-    return kind if member is None else f"{kind}:{arguments[member]}"
+    return f"{kind}:{arguments[member]}"
 
 
 def _ended(command: str, arguments: Mapping[str, Any]) -> list[str]:
     """Patterns of the keys of what is gone, with all that went with it."""
-    key = _key(ENDERS[command], arguments)
-    match command:
-        case "object-del":
-            return [key, f"property:*/{arguments['id']}:*", f"property:{arguments['id']}:*"]
-        case "nbd-server-stop":
-            return [key, "export:*"]
-    return [key]
+    name = arguments["id"]
+    return [_key(ENDERS[command], arguments), f"property:*/{name}:*", f"property:{name}:*"]
 
 
 def _event(row: EventRow) -> Event:

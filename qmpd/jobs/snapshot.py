@@ -197,7 +197,8 @@ def put_on_top(edit: Edit, node: Node, overlay: Node) -> None:
     _check_overlay(node, overlay)
     edit.attach(overlay, "backing", node, Role.COW)
     edit.move_parents(node, overlay)
-    edit.set_read_only(node, True)
+    if node.opened.reopens:  # as at the peer, a filter that cannot simply stays as it is
+        edit.set_read_only(node, True)
 
 
 def _check_overlay(node: Node, overlay: Node) -> None:
