@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -32,14 +33,32 @@ _SETTLE_LIMIT = 3.0  # seconds a job may go on before a command is sent all the 
 _SETTLE_PAUSE = 0.01  # seconds between two looks
 _NOTICE = 0.2  # seconds in which a job has noticed what a guest wrote
 _EVENT_LIMIT = 10.0  # seconds to wait for recorded events
+_QCOW2_MAGIC = b"QFI\xfb"
+_QCOW2_ENCRYPTION = slice(32, 36)  # the header's field for the method, 0 for none
+
+
+class UnsoundError(AssertionError):
+    """An image is damaged or leaks. No deviation may do that."""
 
 
 def replay(case: dict[str, Any], directory: Path) -> None:
-    """Raise MismatchError unless the program under test does what was recorded, with its images in ``directory``."""
+    """Raise MismatchError unless the program under test does what was recorded, with its images in ``directory``.
+
+    Raises UnsoundError if it damages one, whatever else it does.
+    """
     for argv in case["setup"]:
         subprocess.run(argv, cwd=directory, check=True, capture_output=True)
     check_images(case, directory, before=True)
     unprivileged = any(argv[0] == "chmod" for argv in case["setup"])
+    try:
+        _converse(case, directory, unprivileged=unprivileged)
+        check_images(case, directory, before=False)
+    finally:
+        if under_test() != PEER:
+            check_soundness(directory)
+
+
+def _converse(case: dict[str, Any], directory: Path, *, unprivileged: bool) -> None:
     with hosts.start(directory, unprivileged=unprivileged) as host:
         with contextlib.closing(Client(host.dial())) as client:
             try:
@@ -48,7 +67,6 @@ def replay(case: dict[str, Any], directory: Path) -> None:
                 raise MismatchError(f"the conversation broke off: {problem}") from problem
         if "exit-status" in case["after"]:
             _check_end(host, case["after"]["exit-status"])
-    check_images(case, directory, before=False)
 
 
 def _check_end(host: hosts.Host, recorded: int) -> None:
@@ -200,6 +218,22 @@ def check_images(case: dict[str, Any], directory: Path, *, before: bool) -> None
         kind, *rest = name.split()
         if kind in _LOOKS and (rest[-1] == "before") == before:
             _expect(name, _LOOKS[kind](rest[0], recorded, directory), _LOOKED[kind](recorded))
+
+
+def check_soundness(directory: Path) -> None:
+    """Each qcow2 image in ``directory``, by itself, has no error and no leak: also where a deviation is expected."""
+    for image in sorted(directory.iterdir()):
+        if not image.is_file() or not os.access(image, os.R_OK):
+            continue
+        with image.open("rb") as file:
+            header = file.read(_QCOW2_ENCRYPTION.stop)
+        if header[:4] != _QCOW2_MAGIC or any(header[_QCOW2_ENCRYPTION]):
+            continue  # qmpd opens no encrypted image, and qemu-img would want the key
+        alone = {"driver": "qcow2", "file": {"driver": "file", "filename": image.name}, "backing": None}
+        argv = ["qemu-img", "check", "-q", f"json:{json.dumps(alone)}"]
+        run = subprocess.run(argv, cwd=directory, capture_output=True, text=True)
+        if run.returncode:
+            raise UnsoundError(f"{image.name}: {run.stdout}{run.stderr}")
 
 
 def _info(image: str, recorded: Any, directory: Path) -> Any:
