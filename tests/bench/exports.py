@@ -6,7 +6,6 @@ import contextlib
 import random
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from tests.bench.images import GIB, KIB
 from tests.bench.runner import SCALE, Row, Times, Topic, alternate
-from tests.daemons import QMPD, Client, Program
+from tests.daemons import Client, Program
 from tests.exports import wire
 from tests.exports.serving import Server, run
 
@@ -33,17 +32,9 @@ def nbd(directory: Path) -> Iterator[Row]:
     rows["copy"] = Row("NBD, nbdcopy of a qcow2 disk", 1.0, unit="s")
     rows["crowd"] = Row(f"NBD, {_CROWD} connections, read, depth 1 each", 1.0, unit="/s", more_is_better=True)
     rows["busy"] = Row("a command under full NBD load, in idle round trips", 3.0, limit=True, unit="x")
-    if not can_export(QMPD, directory):
-        print("nbd: left out, qmpd has no exports", file=sys.stderr)
-        return
     images(directory)
     alternate(rows, lambda program: one_run(program, directory))
     yield from rows.values()
-
-
-def can_export(program: Program, directory: Path) -> bool:
-    with program.start(directory) as daemon, daemon.client() as client:
-        return any(command["name"] == "block-export-add" for command in client.execute("query-commands"))
 
 
 def images(directory: Path) -> None:

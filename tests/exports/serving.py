@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.daemons import Client, Daemon, under_test
 from tests.tools import need
 
@@ -125,9 +123,6 @@ def serving(directory: Path, *, tcp: bool = False, listen: bool = True, **option
     """The program under test with its NBD server running (not with ``listen=False``)."""
     need(under_test().argv[0])
     with under_test().start(directory) as daemon, daemon.client() as client:
-        commands = {command["name"] for command in client.execute("query-commands")}
-        if "block-export-add" not in commands:
-            pytest.skip(f"{under_test().name} has no exports")
         server = Server(daemon, client, directory, free_port() if tcp else 0)
         if listen:
             server.listen(**options)
