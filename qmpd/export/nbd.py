@@ -73,6 +73,7 @@ class NbdExport(Backend):
             writable=self.writable,
             description=self.description,
             multi_conn=self.multi_conn,
+            minimum=getattr(self.edge.node.driver, "request_alignment", 1),
             contexts=contexts,
         )
 
