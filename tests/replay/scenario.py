@@ -41,7 +41,7 @@ class UnsoundError(AssertionError):
     """An image is damaged or leaks. No deviation may do that."""
 
 
-def replay(case: dict[str, Any], directory: Path) -> None:
+def replay(case: dict[str, Any], directory: Path, *, play: type[Play] | None = None) -> None:
     """Raise MismatchError unless the program under test does what was recorded, with its images in ``directory``.
 
     Raises UnsoundError if it damages one, whatever else it does.
@@ -51,18 +51,18 @@ def replay(case: dict[str, Any], directory: Path) -> None:
     check_images(case, directory, before=True)
     unprivileged = any(argv[0] == "chmod" for argv in case["setup"])
     try:
-        _converse(case, directory, unprivileged=unprivileged)
+        _converse(case, directory, play or Play, unprivileged=unprivileged)
         check_images(case, directory, before=False)
     finally:
         if under_test() != PEER:
             check_soundness(directory)
 
 
-def _converse(case: dict[str, Any], directory: Path, *, unprivileged: bool) -> None:
+def _converse(case: dict[str, Any], directory: Path, play: type[Play], *, unprivileged: bool) -> None:
     with hosts.start(directory, unprivileged=unprivileged) as host:
         with contextlib.closing(Client(host.dial())) as client:
             try:
-                _Play(client, case, directory).run()
+                play(client, case, directory).run()
             except (HungError, EOFError) as problem:
                 raise MismatchError(f"the conversation broke off: {problem}") from problem
         if "exit-status" in case["after"]:
@@ -74,10 +74,10 @@ def _check_end(host: hosts.Host, recorded: int) -> None:
     if recorded < 0 and under_test() != PEER:
         raise MismatchError(f"the recorded program was ended by signal {-recorded}")
     if (status := host.exit_status()) is not None:
-        _expect("exit status", status, recorded)
+        expect("exit status", status, recorded)
 
 
-class _Play:
+class Play:
     """The steps of one scenario, taken one by one."""
 
     def __init__(self, client: Client, case: dict[str, Any], directory: Path) -> None:
@@ -106,7 +106,7 @@ class _Play:
             elif "graph-edges" in step:
                 self._graph(number, step["graph-edges"])
             else:
-                self._program(step)
+                self._other(step)
             self._compare_events(number)
             if self._needs_guest and step.get("send", {}).get("execute") == "block-export-add":
                 self._guest = stack.enter_context(Guest(self._directory))
@@ -144,13 +144,14 @@ class _Play:
         self._collect(number)
         self._expect(f"step {number}: graph", normal.layout(normal.edges(graph)), normal.layout(recorded))
 
-    def _program(self, step: dict[str, Any]) -> None:
+    def _other(self, step: dict[str, Any]) -> None:
+        """A program run against an export, or the guest."""
         if step["client"][0] == CONNECTED_EARLIER:
             self._connected_guest(step)
             return
         run = subprocess.run(step["client"], cwd=self._directory, capture_output=True, text=True)
         got = (run.returncode, [line.split(";")[0] for line in (run.stdout + run.stderr).splitlines()])
-        _expect(f"{step['client']}", got, (step["status"], step["output"]))
+        expect(f"{step['client']}", got, (step["status"], step["output"]))
         time.sleep(_NOTICE)
 
     def _connected_guest(self, step: dict[str, Any]) -> None:
@@ -158,9 +159,9 @@ class _Play:
         assert self._guest is not None
         if "finished-after-1.5s" in step:
             self._guest.ask(step["client"][1])
-            _expect("the guest is answered", self._guest.answers_within(1.5), step["finished-after-1.5s"])
+            expect("the guest is answered", self._guest.answers_within(1.5), step["finished-after-1.5s"])
         else:
-            _expect("the guest is answered", self._guest.answers_within(_EVENT_LIMIT), step["finished-after-finalize"])
+            expect("the guest is answered", self._guest.answers_within(_EVENT_LIMIT), step["finished-after-finalize"])
 
     def _await_recorded(self, number: int) -> None:
         """Until as many events are there as were recorded so far, noise apart."""
@@ -201,7 +202,7 @@ class _Play:
     def _expect(self, what: str, got: Any, recorded: Any) -> None:
         if normal.caught_in_flight(recorded):
             return
-        _expect(what, self._ours.apply(normal.reply(got)), self._theirs.apply(normal.reply(recorded)))
+        expect(what, self._ours.apply(normal.reply(got)), self._theirs.apply(normal.reply(recorded)))
 
 
 def _with_nodes(case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -217,7 +218,7 @@ def check_images(case: dict[str, Any], directory: Path, *, before: bool) -> None
     for name, recorded in case["after"].items():
         kind, *rest = name.split()
         if kind in _LOOKS and (rest[-1] == "before") == before:
-            _expect(name, _LOOKS[kind](rest[0], recorded, directory), _LOOKED[kind](recorded))
+            expect(name, _LOOKS[kind](rest[0], recorded, directory), _LOOKED[kind](recorded))
 
 
 def check_soundness(directory: Path) -> None:
@@ -276,7 +277,7 @@ def _output(directory: Path, *argv: str) -> str:
     return subprocess.run(argv, cwd=directory, check=True, capture_output=True, text=True).stdout
 
 
-def _expect(what: str, got: Any, recorded: Any) -> None:
+def expect(what: str, got: Any, recorded: Any) -> None:
     if got != recorded:
         raise MismatchError(f"{what}\n  got      {_brief(got)}\n  recorded {_brief(recorded)}")
 
