@@ -14,6 +14,7 @@ need qemu-utils sh -c 'command -v qemu-img && command -v qemu-io && command -v q
 need libnbd-bin sh -c 'command -v nbdinfo && command -v nbdcopy'
 need python3-libnbd sh -c '/usr/bin/python3 -c "import nbd"'
 need socat sh -c 'command -v socat'
+need xfsprogs sh -c 'command -v mkfs.xfs'
 if [ "${1:-}" = long ]; then
   need fio sh -c 'command -v fio'
   need busybox-static sh -c 'command -v busybox'
