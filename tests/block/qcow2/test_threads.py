@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from qmpd.block.drivers.qcow2 import CreateOptions, Qcow2, create
+from qmpd.block.drivers.qcow2.single import Single
 from qmpd.block.storage.file import FileStorage, create_file
 from tests.block.conformance import checked
-from tests.block.qcow2.support import check_clean, read
+from tests.block.qcow2.support import MemoryFile, check_clean, new_image, read
 from tests.tools import need
 
 THREADS = 4
@@ -109,3 +110,22 @@ def test_threads_see_their_own_bytes(tmp_path: Path, layout: dict[str, Any]) -> 
 def test_threads_see_their_own_bytes_for_long(tmp_path: Path, layout: dict[str, Any], seed: int) -> None:
     """The same with other seeds, for longer."""
     crowd(tmp_path / "image", layout, seed, rounds=60)
+
+
+def test_a_cluster_mapped_by_somebody_else_meanwhile_is_not_written_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who saw the cluster before it was mapped writes its own bytes only: others may be writing beside them by now."""
+    file, image = new_image(MemoryFile(journal=True), size=1 << 20)
+    look = Single._write_in_place
+
+    def too_early(single: Single, offset: int, data: memoryview) -> bool:
+        monkeypatch.setattr(Single, "_write_in_place", look)
+        image.write(4096, b"other" * 100)  # between this look at the cluster and the next
+        file.pending.clear()
+        return False
+
+    monkeypatch.setattr(Single, "_write_in_place", too_early)
+    image.write(512, b"mine")
+
+    assert [data for _, data in file.pending] == [b"mine"]
+    assert read(image, 512, 4) == b"mine"
+    assert read(image, 4096, 500) == b"other" * 100

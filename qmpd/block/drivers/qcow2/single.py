@@ -189,9 +189,14 @@ class Single:
     # -- copy-on-write -------------------------------------------------------------------------------------------------
 
     def _fill(self, remap: Remap, inner: int, data: memoryview) -> None:
-        """Write the whole new cluster: ``data`` at ``inner``, around it what the guest sees there now."""
+        """Write the whole new cluster: ``data`` at ``inner``, around it what the guest sees there now.
+
+        One that somebody else has mapped since this request was looked at is written in place: around it there may be
+        writes on their way that must not be undone.
+        """
         image, size = self._image, self.cluster_size
-        if len(data) == size or (remap.virgin and self._is_blank(remap)):
+        in_use = not remap.fresh and not remap.entry & ZERO
+        if in_use or len(data) == size or (remap.virgin and self._is_blank(remap)):
             image.announce(Event.WRITE_AIO)
             image.file.write(remap.host + inner, data)
             return
