@@ -19,7 +19,7 @@ Units: every offset and length is in bytes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntFlag
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from qmpd.block.batch import Batch
     from qmpd.block.extents import Runs
     from qmpd.block.findings import CheckResult
     from qmpd.block.storage.file import FileStorage
@@ -95,6 +96,18 @@ class BlockDevice(Protocol):
 
     def write(self, offset: int, data: Buffer) -> None:
         """Store ``data``; visible to readers at return, durable after :meth:`flush`."""
+
+    def read_many(self, batch: Batch) -> Sequence[int]:
+        """:meth:`readinto` for many at once, where there is a short way: the indexes of the requests left to do.
+
+        A request that would fail is left, so that only :meth:`readinto` raises; its buffer holds anything.
+        """
+
+    def write_many(self, batch: Batch) -> Sequence[int]:
+        """:meth:`write` for many at once, where there is a short way: the indexes of the requests left to do.
+
+        A request that would fail is left, so that only :meth:`write` raises; some of it may be stored.
+        """
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         """Make the range read as zeros, by metadata where possible; ``unmap`` allows giving up the space."""
@@ -207,6 +220,12 @@ class Driver(ABC):
 
     @abstractmethod
     def write(self, offset: int, data: Buffer) -> None: ...
+
+    def read_many(self, batch: Batch) -> Sequence[int]:
+        return batch.indexes
+
+    def write_many(self, batch: Batch) -> Sequence[int]:
+        return batch.indexes
 
     @abstractmethod
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None: ...

@@ -6,7 +6,7 @@ malformed answers. So drivers check none of it themselves. Costs about a microse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -22,6 +22,7 @@ from qmpd.units import MAX_LENGTH
 
 if TYPE_CHECKING:
     from qmpd.block.api import Offsets
+    from qmpd.block.batch import Batch
     from qmpd.block.storage.file import FileStorage
 
 _WRITE: Final = Perm.WRITE
@@ -100,6 +101,21 @@ class Checked:
             self._device.write(offset, data)
         except (QmpdError, OSError) as error:
             raise self._named(error) from None
+
+    def read_many(self, batch: Batch) -> Sequence[int]:
+        if batch.low < 0 or (batch.high > self._device.length and not self._may_pass_end(batch.high)):
+            return batch.indexes
+        return self._device.read_many(batch)
+
+    def write_many(self, batch: Batch) -> Sequence[int]:
+        held = self._held()
+        inside = batch.high <= self._device.length or (held & _RESIZE and self._may_pass_end(batch.high))
+        if batch.low < 0 or not inside or not held & _WRITE_SAME:
+            return batch.indexes
+        if batch.high > self._meter.alert:
+            for offset, data in zip(batch.offsets, batch.buffers, strict=True):
+                self._meter.passed(offset + len(data))
+        return self._device.write_many(batch)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         self._check_write("write zeroes", offset, length, _WRITE_SAME)

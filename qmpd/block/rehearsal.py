@@ -20,6 +20,7 @@ from qmpd.units import SECTOR, align_up
 
 if TYPE_CHECKING:
     from qmpd.block.api import Offsets
+    from qmpd.block.batch import Batch
     from qmpd.block.storage.file import FileStorage
 
 
@@ -53,6 +54,12 @@ class Shadow:
 
     def write(self, offset: int, data: Buffer) -> None:
         self.note_written(offset + len(data))
+
+    def read_many(self, batch: Batch) -> Sequence[int]:
+        return batch.indexes
+
+    def write_many(self, batch: Batch) -> Sequence[int]:
+        return batch.indexes
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         self.note_written(offset + length)

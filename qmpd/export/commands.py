@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
 from qmpd.block.api import BlockDevice
+from qmpd.block.batch import Batch
 from qmpd.block.extents import RunKind
 from qmpd.errors import QmpdError
+from qmpd.export.replies import Pieces, Replies
 from qmpd.export.status import extents
 from qmpd.nbd.constants import BASE_ALLOCATION, MAX_PAYLOAD, Command, CommandFlag
 from qmpd.nbd.exportinfo import ExportInfo, Negotiated
 from qmpd.nbd.transmission import COMMAND_NAMES, Buffer, Request, Wire, wire_errno
-from qmpd.units import KIB, MIB, align_down, align_up
+from qmpd.units import KIB, MIB, SECTOR, align_down, align_up
 
-Pieces = list[Buffer]
-
-_FUA: Final = CommandFlag.FUA
+_FUA: Final = int(CommandFlag.FUA)
+_READ: Final = int(Command.READ)
+_WRITE: Final = int(Command.WRITE)
 _WRITING: Final = frozenset({Command.WRITE, Command.TRIM, Command.WRITE_ZEROES})
 _LIMITED: Final = frozenset({Command.READ, Command.WRITE, Command.CACHE})
 
-#: Longer reads (bytes) ask for holes before they read, shorter ones if what was read looks like it.
-_LOOK_FIRST: Final = 64 * KIB
+#: Where what was read may be a hole (bytes): its first and its last sector are looked at, and one in so many bytes
+#: between. Finding out for certain costs more than to send some zeros.
+_STRETCH: Final = 32 * KIB
 
 _FAILED: Final = {
     Command.READ: "reading from file failed",
@@ -64,6 +68,7 @@ class Commands:
         self._info = info
         self._wire = wire
         self._writethrough = writethrough
+        self._batch_writes = info.writable and not writethrough
         self._contexts = negotiated.contexts
         self._allowed = _allowed(wire)
         self._work: dict[int, Callable[[Target, Request, Buffer], Pieces]] = {
@@ -76,21 +81,86 @@ class Commands:
             Command.BLOCK_STATUS: self._block_status,
         }
 
-    def run(self, target: Target, request: Request, payload: Buffer) -> Pieces:
-        """The reply in pieces. Raises for nothing that a client or an image does."""
-        try:
+    def run_all(self, target: Target, batch: list[tuple[Request, memoryview]], replies: Replies) -> None:
+        """Carry out requests with their payloads. Raises for nothing that a client or an image does.
+
+        They are under way together as far as the client knows, so that plain reads and writes can be put together.
+        """
+        reads: list[tuple[Request, int]] = []
+        writes: list[tuple[Request, memoryview]] = []
+        size, batch_writes = self._info.size, self._batch_writes and target.active
+        for request, payload in batch:
+            _, flags, command, cookie, offset, length = request
+            if not flags and length and offset + length <= size:
+                if command == _READ and (at := replies.add_data(cookie, offset, length)) is not None:
+                    reads.append((request, at))
+                    continue
+                if command == _WRITE and batch_writes:
+                    writes.append((request, payload))
+                    continue
+            self._write_all(target, writes, replies)
+            self._read_all(target, reads, replies)
+            self._run(target, request, payload, replies)
+        self._write_all(target, writes, replies)
+        self._read_all(target, reads, replies)
+
+    def _run(self, target: Target, request: Request, payload: Buffer, replies: Replies) -> None:
+        with self._answered(request, replies):
             self._check(request)
-            if not target.active and request.command != Command.READ:
+            if not target.active and request.command != _READ:
                 raise RefusedError(wire_errno(errno.EPERM), "export is inactive")
-            return self._work[request.command](target, request, payload)
+            replies.add(self._work[request.command](target, request, payload))
+
+    @contextmanager
+    def _answered(self, request: Request, replies: Replies) -> Iterator[None]:
+        """What goes wrong with a request becomes the answer to it."""
+        _, _, command, cookie, offset, _ = request
+        try:
+            yield
         except RefusedError as refused:
-            return [self._wire.error(request.cookie, request.offset, refused.number, refused.text)]
+            replies.add([self._wire.error(cookie, offset, refused.number, refused.text)])
         except QmpdError as error:
-            return [
-                self._wire.error(
-                    request.cookie, request.offset, wire_errno(error.errno), _FAILED[Command(request.command)]
-                )
-            ]
+            replies.add([self._wire.error(cookie, offset, wire_errno(error.errno), _FAILED[Command(command)])])
+
+    # -- plain reads and writes ----------------------------------------------------------------------------------------
+
+    def _read_all(self, target: Target, reads: list[tuple[Request, int]], replies: Replies) -> None:
+        """Reads whose answers are laid out already; takes them off the list."""
+        if not reads:
+            return
+        buffers = [replies.at(at, request.length) for request, at in reads]
+        left = target.device.read_many(Batch([request.offset for request, _ in reads], buffers))
+        for index in left:
+            request, at = reads[index]
+            with self._answered(request, replies):
+                try:
+                    target.device.readinto(request.offset, buffers[index])
+                except QmpdError:
+                    replies.drop_data(at, request.length)
+                    reads[index] = request, -1
+                    raise
+        if self._wire.structured:
+            for request, at in reads:
+                if at >= 0 and _looks_sparse(replies, at, request.offset, request.length):
+                    replies.drop_data(at, request.length)
+                    with self._answered(request, replies):
+                        replies.add(self._read_sparse(target, request))
+        reads.clear()
+
+    def _write_all(self, target: Target, writes: list[tuple[Request, memoryview]], replies: Replies) -> None:
+        """Writes that need not be stable; takes them off the list."""
+        if not writes:
+            return
+        offsets, buffers = [request.offset for request, _ in writes], [payload for _, payload in writes]
+        left = set(target.device.write_many(Batch(offsets, buffers)))
+        for index, (request, payload) in enumerate(writes):
+            if index in left:
+                with self._answered(request, replies):
+                    target.device.write(request.offset, payload)
+                    replies.add_done(request.cookie, request.offset)
+            else:
+                replies.add_done(request.cookie, request.offset)
+        writes.clear()
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
@@ -114,19 +184,15 @@ class Commands:
     # -- the commands --------------------------------------------------------------------------------------------------
 
     def _read(self, target: Target, request: Request, _: Buffer) -> Pieces:
+        """Reads that are long, or not plain."""
         wire, cookie, offset, length = self._wire, request.cookie, request.offset, request.length
-        flags = request.flags
-        if flags & _FUA:
+        if request.flags & _FUA:
             target.device.flush()
-        sparse = wire.structured and length and not flags & CommandFlag.DF
-        if sparse and length > _LOOK_FIRST:
+        if wire.structured and length and not request.flags & CommandFlag.DF:
             return self._read_sparse(target, request)
         data = bytearray(length)
         if length:
             target.device.readinto(offset, memoryview(data))
-        # Where neither end is zero there is hardly a hole: the question for it would cost more than the data.
-        if sparse and not (data[0] and data[-1]):
-            return self._read_sparse(target, request)
         return [wire.data(cookie, offset, offset, length), data]
 
     def _read_sparse(self, target: Target, request: Request) -> Pieces:
@@ -220,6 +286,18 @@ class Commands:
 
     def _done(self, request: Request) -> Pieces:
         return [self._wire.done(request.cookie, request.offset)]
+
+
+def _looks_sparse(replies: Replies, at: int, offset: int, length: int) -> bool:
+    """May there be a hole in what was read at ``offset``? Holes begin and end with sectors."""
+    end = at + length
+    if replies.is_zero(at, min(length, SECTOR - offset % SECTOR)):
+        return True
+    last = (offset + length) % SECTOR or SECTOR
+    if last < length and replies.is_zero(end - last, last):
+        return True
+    inner = at - offset % SECTOR + _STRETCH
+    return any(replies.is_zero(place, SECTOR) for place in range(inner, end - SECTOR, _STRETCH))
 
 
 def _allowed(wire: Wire) -> dict[int, int]:

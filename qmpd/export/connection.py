@@ -1,6 +1,6 @@
 """The transmission phase of one client, on one worker thread.
 
-Requests are taken off the socket as many as one read brought, carried out in order inside the gate, and answered
+Requests are taken off the socket as many as one read brought, carried out together inside the gate, and answered
 together. Reading and sending happen outside of the gate: a client that does not take its replies holds nobody else.
 """
 
@@ -10,8 +10,9 @@ import logging
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from qmpd.export.commands import Commands, Pieces, Target
+from qmpd.export.commands import Commands, Target
 from qmpd.export.gate import Gate
+from qmpd.export.replies import MOST, Replies
 from qmpd.nbd.constants import MAX_PAYLOAD, Command, CommandFlag
 from qmpd.nbd.transmission import Buffer, Request, Wire, wire_errno
 from qmpd.units import KIB, MIB
@@ -22,11 +23,9 @@ _BUFFER: Final = 1 * MIB
 _WINDOW: Final = 16
 """Requests that are carried out before their replies are sent."""
 
-_REPLY_BYTES: Final = 1 * MIB
-"""Nor are more bytes of replies collected, as far as one request does not bring them by itself."""
-
 _EINVAL: Final = 22
 _DROP: Final = 256 * KIB
+_NOTHING: Final = memoryview(b"")
 
 
 class Transport(Protocol):
@@ -56,6 +55,7 @@ class Connection:
         self._commands = commands
         self._gate = gate
         self._target = target
+        self._replies = Replies(wire)
         self._buffer = memoryview(bytearray(_BUFFER))
         #: Received and not yet understood: ``_buffer[_start:_end]``.
         self._start = 0
@@ -78,31 +78,27 @@ class Connection:
     # -- receiving -----------------------------------------------------------------------------------------------------
 
     def _wait_for(self, count: int) -> None:
-        """Have ``count`` unread bytes at least."""
-        if self._end - self._start < count and self._start:
-            rest = bytes(self._buffer[self._start : self._end])
-            self._buffer[: len(rest)] = rest
-            self._start, self._end = 0, len(rest)
+        """Have ``count`` unread bytes at least, which the buffer has room for."""
+        unread = self._end - self._start
+        if unread < count and self._start:
+            self._buffer[:unread] = self._buffer[self._start : self._end]
+            self._start, self._end = 0, unread
         while self._end - self._start < count:
             got = self._transport.recv_into(self._buffer[self._end :])
             if not got:
                 raise _EndError("unexpected end of file") if self._end > self._start else _EndError()
             self._end += got
 
-    def _take(self, count: int) -> memoryview:
-        taken = self._buffer[self._start : self._start + count]
-        self._start += count
-        if self._start == self._end:
-            self._start = self._end = 0
-        return taken
-
-    def _payload(self, count: int) -> Buffer:
-        """The next ``count`` bytes, in place if they are all here already."""
-        if self._end - self._start >= count:
-            return self._take(count)
+    def _payload(self, count: int) -> memoryview:
+        """The next ``count`` bytes, in the buffer if they are there already or may come there."""
+        if count <= len(self._buffer):
+            self._wait_for(count)
+            self._start += count
+            return self._buffer[self._start - count : self._start]
         data = memoryview(bytearray(count))
         filled = self._end - self._start
-        data[:filled] = self._take(filled)
+        data[:filled] = self._buffer[self._start : self._end]
+        self._start = self._end
         while filled < count:
             got = self._transport.recv_into(data[filled:])
             if not got:
@@ -112,36 +108,36 @@ class Connection:
 
     def _throw_away(self, count: int) -> None:
         while count:
-            if self._start == self._end:
-                self._wait_for(1)
-            count -= len(self._take(min(count, self._end - self._start)))
+            self._wait_for(1)
+            taken = min(count, self._end - self._start)
+            self._start += taken
+            count -= taken
 
     # -- serving -------------------------------------------------------------------------------------------------------
 
     def _serve_batch(self) -> None:
         """Take what is there, up to the window, and answer it all at once."""
-        batch: list[tuple[Request, Buffer]] = []
-        last: Pieces = []
-        cost = 0
+        batch: list[tuple[Request, memoryview]] = []
+        last: list[Buffer] = []
+        size, cost = self._wire.request.size, 0
         try:
-            while len(batch) < _WINDOW and cost < _REPLY_BYTES:
+            while len(batch) < _WINDOW:
                 request = self._wire.unpack(self._buffer, self._start)
-                payload_length = self._payload_length(request)
-                here = self._end - self._start - self._wire.request.size
-                if batch and here < payload_length:
-                    break  # answer the others before waiting for the rest of this one
-                self._start += self._wire.request.size
+                payload = self._payload_length(request)
+                cost += request.length if request.command == Command.READ else 0
+                if batch and (cost > MOST or self._end - self._start < size + payload):
+                    break  # answer the others before this one is read, or waited for
+                self._start += size
                 last = self._fatal(request)
                 if last:
                     raise _EndError
-                batch.append((request, self._read_payload(request, payload_length)))
-                cost += request.length if request.command == Command.READ else 0
-                if self._end - self._start < self._wire.request.size or self._start == 0:
+                batch.append((request, self._read_payload(request, payload) if payload else _NOTHING))
+                if self._end - self._start < size:
                     break
         finally:
             self._answer(batch, last)
 
-    def _fatal(self, request: Request) -> Pieces:
+    def _fatal(self, request: Request) -> list[Buffer]:
         """The last words to a client whose next bytes cannot be understood; nothing if they can."""
         magic, _, command, cookie, offset, length = request
         if magic != self._wire.magic:
@@ -160,24 +156,16 @@ class Connection:
         )
         return request.length if carries and request.magic == self._wire.magic else 0
 
-    def _read_payload(self, request: Request, length: int) -> Buffer:
-        if not length:
-            if self._start == self._end:
-                self._start = self._end = 0
-            return b""
-        kept = request.command == Command.WRITE or length <= _DROP
-        if kept:
+    def _read_payload(self, request: Request, length: int) -> memoryview:
+        if request.command == Command.WRITE or length <= _DROP:
             return self._payload(length)
         self._throw_away(length)
-        return b""
+        return _NOTHING
 
-    def _answer(self, batch: list[tuple[Request, Buffer]], last: Pieces) -> None:
-        pieces: Pieces = []
+    def _answer(self, batch: list[tuple[Request, memoryview]], last: list[Buffer]) -> None:
         if batch:
             with self._gate:
-                target = self._target()
-                for request, payload in batch:
-                    pieces += self._commands.run(target, request, payload)
-        pieces += last
-        if pieces:
-            self._transport.sendall(b"".join(pieces) if len(pieces) > 1 else pieces[0])
+                self._commands.run_all(self._target(), batch, self._replies)
+        self._replies.add(last)
+        for piece in self._replies.take():
+            self._transport.sendall(piece)

@@ -123,6 +123,8 @@ class NbdExport(Backend):
             Connection(transport, wire, commands, self._gate, self._current).run(leftover)
         except OSError as error:
             _log.info("export %s: client cut off: %s", self.id, error)
+        except Exception:  # noqa: BLE001  a bug of ours, or no memory: the others go on
+            _log.exception("export %s: client cut off", self.id)
         finally:
             with self._lock:
                 self._transports.discard(transport)

@@ -74,6 +74,10 @@ class Wire:
         self.request = struct.Struct(">IHHQQQ" if extended else ">IHHQQI")
         self._simple = struct.Struct(">IIQ")
         self._chunk = struct.Struct(">IHHQQQ" if extended else ">IHHQI")
+        self._offset_data = struct.Struct(">IHHQQQQ" if extended else ">IHHQIQ")
+        #: Bytes in front of the data of a read that is answered in one piece, and of the answer to a request without.
+        self.data_head = self._offset_data.size if self.structured else self._simple.size
+        self.done_size = self._chunk.size if extended else self._simple.size
 
     def unpack(self, buffer: Buffer, position: int) -> Request:
         """The request that begins there; it must be there whole."""
@@ -100,6 +104,24 @@ class Wire:
         if not length:
             return self.chunk(Chunk.NONE, cookie, offset, 0)
         return self.chunk(Chunk.OFFSET_DATA, cookie, offset, 8 + length, last=last) + at.to_bytes(8, "big")
+
+    def put_data(self, buffer: bytearray, position: int, cookie: int, offset: int, length: int) -> None:
+        """:meth:`data` for all of a read, ``length`` not 0, into a buffer."""
+        if self.extended:
+            head = (EXTENDED_REPLY_MAGIC, CHUNK_DONE, Chunk.OFFSET_DATA, cookie, offset)
+            self._offset_data.pack_into(buffer, position, *head, 8 + length, offset)
+        elif self.structured:
+            kind = Chunk.OFFSET_DATA
+            self._offset_data.pack_into(buffer, position, CHUNK_MAGIC, CHUNK_DONE, kind, cookie, 8 + length, offset)
+        else:
+            self._simple.pack_into(buffer, position, SIMPLE_REPLY_MAGIC, 0, cookie)
+
+    def put_done(self, buffer: bytearray, position: int, cookie: int, offset: int) -> None:
+        """:meth:`done` into a buffer."""
+        if self.extended:
+            self._chunk.pack_into(buffer, position, EXTENDED_REPLY_MAGIC, CHUNK_DONE, Chunk.NONE, cookie, offset, 0)
+        else:
+            self._simple.pack_into(buffer, position, SIMPLE_REPLY_MAGIC, 0, cookie)
 
     def hole(self, cookie: int, offset: int, at: int, length: int, *, last: bool = True) -> bytes:
         """``length`` zero bytes at ``at``; not in simple replies."""

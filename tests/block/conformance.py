@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qmpd.block.api import BlockDevice, Buffer, Driver, Perm
+from qmpd.block.batch import Batch
 from qmpd.block.contract import Checked
 from qmpd.block.extents import RunKind
 from qmpd.errors import Kind, QmpdError
@@ -193,6 +194,45 @@ class Conformance:
                     shadow[offset : offset + length] = read(device, offset, length)
             assert read(device, 0, LENGTH) == self.kept(bytes(shadow))
             check_map(device, 0, LENGTH)
+
+    def test_many_requests_at_once_are_so_many_requests(self, device: Checked) -> None:
+        """Of a batch, what is not left to do has been done: reads as by readinto, writes as by write."""
+        shadow, rng = bytearray(noise(LENGTH, 1)), random.Random(1)
+        device.write(0, shadow)
+        device.write_zeroes(MIB, 256 * KIB)
+        shadow[MIB : MIB + 256 * KIB] = bytes(256 * KIB)
+        for turn in range(6):
+            places = [*sorted(rng.sample(range(0, LENGTH, 16 * KIB), 12)), LENGTH - 600]
+            writes = [(at, noise(rng.randrange(1, min(16 * KIB, LENGTH - at)), turn)) for at in places]
+            batch = Batch([at for at, _ in writes], [memoryview(data) for _, data in writes])
+            left = device.write_many(batch)
+            for index in left:
+                device.write(*writes[index])
+            for at, data in writes:
+                shadow[at : at + len(data)] = data
+            reads = [
+                (at := rng.randrange(LENGTH), bytearray(rng.randrange(1, min(200 * KIB, LENGTH - at) + 1)))
+                for _ in range(9)
+            ]
+            left = device.read_many(Batch([at for at, _ in reads], [memoryview(buffer) for _, buffer in reads]))
+            for index, (at, buffer) in enumerate(reads):
+                if index not in left:
+                    assert buffer == self.kept(bytes(shadow[at : at + len(buffer)]))
+        assert read(device, 0, LENGTH) == self.kept(bytes(shadow))
+
+    @pytest.mark.parametrize("offset", [-1, LENGTH - 1, LENGTH])
+    def test_a_batch_with_a_request_out_of_bounds_is_left(self, device: Checked, offset: int) -> None:
+        """It is for the single request to say so; a device that grows may do it."""
+        batch = Batch([0, offset], [memoryview(bytearray(2)), memoryview(bytearray(2))])
+        if not device.growable or offset < 0:
+            assert list(device.read_many(batch)) == list(device.write_many(batch)) == [0, 1]
+
+    def test_a_batch_without_permission_is_left(self, driver: Driver) -> None:
+        """A parent that may not write does not write."""
+        batch = Batch([0], [memoryview(b"no")])
+        device = checked(driver, Perm.CONSISTENT_READ)
+        assert list(device.write_many(batch)) == [0]
+        assert read(device, 0, 2) == bytes(2)
 
     # -- where it is ---------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from unittest.mock import Mock, call
 
 import pytest
 
+from qmpd.block.batch import Batch
 from qmpd.block.dirty import DirtyMap
 from qmpd.block.extents import RunKind
 from qmpd.block.filters.mirror_top import MirrorTop
@@ -68,6 +69,8 @@ def test_what_changes_nothing_passes_through(top: MirrorTop, below: Mock) -> Non
 
     assert below.mock_calls == [call.readinto(G, buffer), call.flush()]
     assert top.direct(0, 512) is None
+    batch = Batch([0], [memoryview(bytearray(512))])
+    assert list(top.write_many(batch)) == list(top.read_many(batch)) == [0]
     assert top.placement_unit is None
     assert [run.kind for run in top.map(0, G)] == [RunKind.UNALLOCATED]
     assert top.length == 4 * G

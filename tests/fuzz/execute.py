@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from qmpd.block.batch import Batch
 from qmpd.block.drivers.qcow2 import Qcow2
 from qmpd.errors import Kind, QmpdError
 from tests.block.qcow2.support import MemoryFile, read
@@ -151,6 +152,8 @@ def _compare(image: Qcow2, model: Model, offset: int, length: int) -> bool:
     except UnreadableError as error:
         expected, reason = None, str(error)
     try:
+        if expected is None and not image.read_many(Batch([offset], [memoryview(bytearray(length))])):
+            raise FoundError(f"{length} bytes at {offset:#x} were read in a batch, but: {reason}")
         got = read(image, offset, length)
     except QmpdError as error:
         if expected is not None and "overlaps with" not in error.desc:
@@ -158,7 +161,8 @@ def _compare(image: Qcow2, model: Model, offset: int, length: int) -> bool:
         return False
     if expected is None:
         raise FoundError(f"{length} bytes at {offset:#x} were read, but: {reason}")
-    if got != expected:
+    buffer = bytearray(length)
+    if got != expected or (not image.read_many(Batch([offset], [memoryview(buffer)])) and buffer != expected):
         raise FoundError(f"{length} bytes at {offset:#x} are not what the image says")
     return True
 
@@ -207,7 +211,9 @@ def _change(image: Qcow2, rng: random.Random, outcomes: Counter[str]) -> list[tu
             elif way == 1:
                 image.discard(offset, length)
             else:
-                image.write(offset, bytes([PATTERN]) * length)
+                data = bytes([PATTERN]) * length
+                if way < 5 or image.write_many(Batch([offset], [memoryview(data)])):
+                    image.write(offset, data)
             outcomes["written"] += 1
             done.append((offset, length, way > 1))
         except QmpdError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -17,6 +17,7 @@ from qmpd.units import MAX_LENGTH, SECTOR, align_up
 
 if TYPE_CHECKING:
     from qmpd.block.api import Offsets
+    from qmpd.block.batch import Batch
     from qmpd.block.storage.file import FileStorage
 
 
@@ -97,6 +98,12 @@ class Raw(Driver):
 
     def write(self, offset: int, data: Buffer) -> None:
         self._file.write(offset + self._window.offset, data)
+
+    def read_many(self, batch: Batch) -> Sequence[int]:
+        return self._file.read_many(batch.moved(self._window.offset))
+
+    def write_many(self, batch: Batch) -> Sequence[int]:
+        return self._file.write_many(batch.moved(self._window.offset))
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         self._file.write_zeroes(offset + self._window.offset, length, unmap=unmap)

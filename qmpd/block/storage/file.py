@@ -12,8 +12,8 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qmpd.block import locking
 from qmpd.block.api import BlockDevice, Buffer, Driver, ImageInfo, Perm
@@ -25,6 +25,9 @@ from qmpd.block.storage.handle import FileHandle, Flags, cannot_open
 from qmpd.block.trust import OpenFile
 from qmpd.errors import Kind, QmpdError, from_oserror
 from qmpd.units import SECTOR, align_up
+
+if TYPE_CHECKING:
+    from qmpd.block.batch import Batch
 
 __all__ = ["FileStorage", "HostDevice", "create_file"]
 
@@ -140,6 +143,22 @@ class FileStorage(Driver):
                 raise self._failed(error, offset) from error
             self._io.write(self.fd, offset, data)
         self.note_written(offset + len(data))
+
+    def read_many(self, batch: Batch) -> Sequence[int]:
+        if isinstance(self._io, Aligned):
+            return batch.indexes
+        return posix.transfer_many(os.preadv, self.fd, batch)
+
+    def write_many(self, batch: Batch) -> Sequence[int]:
+        if isinstance(self._io, Aligned):
+            return batch.indexes
+        left = posix.transfer_many(os.pwritev, self.fd, batch)
+        if batch.high > self._length:
+            failed = set(left)
+            for index in batch.indexes:
+                if index not in failed:
+                    self.note_written(batch.offsets[index] + len(batch.buffers[index]))
+        return left
 
     def note_written(self, end: int) -> None:
         """Somebody wrote through :attr:`fd` up to ``end``: the node may be longer now. Any thread."""

@@ -11,11 +11,14 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final
 
 from qmpd.block.api import Buffer
 from qmpd.units import MIB
+
+if TYPE_CHECKING:
+    from qmpd.block.batch import Batch
 
 KEEP_SIZE: Final = 1
 PUNCH_HOLE: Final = 2
@@ -29,6 +32,9 @@ _STX_DIO_OFFSET_ALIGN: Final = 156
 
 #: A transfer larger than this is cut by the kernel (MAX_RW_COUNT, rounded down to a friendlier number).
 MAX_TRANSFER: Final = 1 << 30
+
+#: Buffers of one transfer (UIO_MAXIOV).
+MAX_PIECES: Final = 1024
 
 #: The file system or device cannot do this at all, as opposed to "not now".
 UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.ENODEV})
@@ -69,6 +75,30 @@ def write_at(fd: int, offset: int, data: Buffer) -> None:
         if not rest:
             return
         count = os.pwrite(fd, rest, offset)
+
+
+def transfer_many(call: Callable[[int, list[memoryview], int], int], fd: int, batch: Batch) -> list[int]:
+    """preadv(2) or pwritev(2) for all requests, neighbours in one call; those that failed or came out short.
+
+    Raises nothing.
+    """
+    offsets, buffers = batch.offsets, batch.buffers
+    failed: list[int] = []
+    count, first = len(offsets), 0
+    while first < count:
+        start = offsets[first]
+        end, after = start + len(buffers[first]), first + 1
+        while after < count and offsets[after] == end and after - first < MAX_PIECES:
+            end += len(buffers[after])
+            after += 1
+        try:
+            done = call(fd, buffers[first:after], start)
+        except OSError:
+            done = 0
+        if done != end - start:
+            failed += range(first, after)
+        first = after
+    return failed
 
 
 def zeroes(length: int) -> Iterator[memoryview]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from qmpd.block.api import Driver
+from qmpd.block.batch import Batch
 from qmpd.block.contract import Checked
 from qmpd.block.drivers.qcow2 import Qcow2
 from tests.block.conformance import Conformance, checked
@@ -27,6 +28,12 @@ class OverFile(Conformance):
 
     def over(self, below: Driver) -> Driver:
         return owning(filter_over(self.filter, checked(below), **self.options), below)
+
+    def test_no_batch_goes_past_it(self, device: Checked) -> None:
+        """A filter sees every request for data."""
+        device.write(0, bytes(range(256)) * 4)
+        batch = Batch([0, 512], [memoryview(bytearray(512)), memoryview(bytearray(512))])
+        assert list(device.write_many(batch)) == list(device.read_many(batch)) == [0, 1]
 
 
 class TestBlkdebug(OverFile):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qmpd.block.api import BlockDevice
+from qmpd.block.batch import Batch
 from qmpd.block.drivers.qcow2 import CreateOptions, Qcow2, create
 from qmpd.block.extents import RunKind, Runs
 from qmpd.block.storage.file import FileStorage
+from qmpd.errors import QmpdError
 
 
 class MemoryFile:
@@ -48,6 +50,12 @@ class MemoryFile:
         if len(content) < offset:
             content.extend(bytes(offset - len(content)))
         content[offset : offset + len(data)] = data
+
+    def read_many(self, batch: Batch) -> list[int]:
+        return one_by_one(self.readinto, batch)
+
+    def write_many(self, batch: Batch) -> list[int]:
+        return one_by_one(self.write, batch)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         self.write(offset, bytes(length))
@@ -91,6 +99,17 @@ class MemoryFile:
             else:
                 self._put(content, offset, data)
         return bytes(content)
+
+
+def one_by_one(call: Callable[[int, memoryview], None], batch: Batch) -> list[int]:
+    """The requests of a batch; the indexes of those that failed."""
+    failed: list[int] = []
+    for index, (offset, buffer) in enumerate(zip(batch.offsets, batch.buffers, strict=True)):
+        try:
+            call(offset, buffer)
+        except QmpdError:
+            failed.append(index)
+    return failed
 
 
 def new_image(file: BlockDevice | None = None, *, size: int, **options: Any) -> tuple[Any, Qcow2]:

@@ -149,6 +149,10 @@ class Clusters:
                 raise image.corruption(f"Cluster at {at:#x} is in use, but its refcount is 0")
         self._vetted.add(table.offset)
 
+    def is_vetted(self, table: Table) -> bool:
+        """Has :meth:`vet` looked at it already?"""
+        return table.offset in self._vetted
+
     def vet_tables(self, clusters: I64) -> None:
         """:meth:`vet` the tables that these clusters belong to."""
         for l1_index, _, _ in self._groups(clusters):

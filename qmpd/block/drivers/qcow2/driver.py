@@ -5,16 +5,18 @@ Threads: I/O from any worker, several at a time. ``attach`` and ``reopen_*`` on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final, Self
 
 from qmpd.block.api import BackingReference, BlockDevice, Buffer, Driver, ImageInfo
+from qmpd.block.batch import Batch
 from qmpd.block.drivers.qcow2 import header as hdr
 from qmpd.block.drivers.qcow2.check import check
 from qmpd.block.drivers.qcow2.clusters import Clusters
 from qmpd.block.drivers.qcow2.empty import make_empty
 from qmpd.block.drivers.qcow2.image import L2_CACHE, REFCOUNT_CACHE, Image
+from qmpd.block.drivers.qcow2.many import Many
 from qmpd.block.drivers.qcow2.reading import Reader
 from qmpd.block.drivers.qcow2.resize import Resizer
 from qmpd.block.drivers.qcow2.tables import I64
@@ -27,7 +29,7 @@ from qmpd.errors import Kind, QmpdError
 _DISCARD_OPTION: Final = "pass-discard-request"
 
 #: What a driver has read, or knows, of its image.
-_PARTS: Final = ("_image", "_clusters", "_reader", "_writer", "_eraser", "_resizer", "_length")
+_PARTS: Final = ("_image", "_clusters", "_reader", "_writer", "_many", "_eraser", "_resizer", "_length")
 
 
 class Qcow2(Driver):
@@ -48,6 +50,7 @@ class Qcow2(Driver):
         self._clusters = Clusters(image)
         self._reader = Reader(image, self._clusters, image.header.size)
         self._writer = Writer(image, self._clusters, self._reader)
+        self._many = Many(image, self._clusters, self._reader, self._writer)
         self._eraser = Eraser(image, self._clusters, self._reader, self._writer)
         self._resizer = Resizer(image, self._clusters, self._reader, self._writer, self._eraser)
         self._length = image.header.size
@@ -100,6 +103,12 @@ class Qcow2(Driver):
     def write(self, offset: int, data: Buffer) -> None:
         if len(data):
             self._writer.write(offset, memoryview(data))
+
+    def read_many(self, batch: Batch) -> Sequence[int]:
+        return self._many.read(batch)
+
+    def write_many(self, batch: Batch) -> Sequence[int]:
+        return self._many.write(batch)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         if length:

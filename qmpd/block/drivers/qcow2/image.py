@@ -123,6 +123,11 @@ class Image:
         if self._dead is not None:
             raise QmpdError(f"Image takes no more writes: {self._dead.desc}", Kind.CORRUPT)
 
+    @property
+    def is_alive(self) -> bool:
+        """Would :meth:`check_alive` pass?"""
+        return self._dead is None
+
     def take_no_more_writes(self, error: QmpdError) -> None:
         """Memory and file may have come to differ, because of ``error``."""
         self._dead = self._dead or error

@@ -54,8 +54,12 @@ class Inflight:
 
     def wait(self, start: int, stop: int) -> None:
         """Until nobody is remapping any of ``[start, stop)``. Lock held, and released while waiting."""
-        while self._claims and any(claim.meets(start, stop) for claim in self._claims):
+        while self.remapped(start, stop):
             self._changed.wait()
+
+    def remapped(self, start: int, stop: int) -> bool:
+        """Is somebody remapping any of ``[start, stop)``? Lock held."""
+        return bool(self._claims) and any(claim.meets(start, stop) for claim in self._claims)
 
     def claim(self, claim: Claim) -> None:
         """Wait, then keep others from remapping these ranges until :meth:`unclaim`."""

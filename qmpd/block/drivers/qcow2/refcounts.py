@@ -83,6 +83,13 @@ class Refcounts:
         block = self.block(index)
         return 0 if block is None else int(block.data[position])
 
+    def remembered(self, cluster: int) -> int | None:
+        """The count, None if its block is not in memory. Raises nothing."""
+        index, position = divmod(cluster, self.per_block)
+        table, blocks = self._image.meta.refcount_table.entries, self._image.meta.refcount_blocks
+        block = blocks.cached(int(table[index]) & OFFSET_MASK) if index < len(table) else None
+        return None if block is None else int(block.data[position])
+
     def get_many(self, clusters: I64) -> U64:
         """Counts of several clusters."""
         out = np.zeros(len(clusters), np.uint64)

@@ -97,6 +97,11 @@ class Writer:
                 self._image.note_areas()
             self._bitmaps_dropped = True
 
+    @property
+    def has_begun(self) -> bool:
+        """Has :meth:`begin` nothing to do, nor to refuse? Lock held."""
+        return self._ready and self._bitmaps_dropped and not self._image.read_only and self._image.is_alive
+
     def reset(self) -> None:
         """The image became read-only: check again before it is written again."""
         self._ready = self._bitmaps_dropped = False
