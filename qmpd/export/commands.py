@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,16 +11,17 @@ from qmpd.block.api import BlockDevice
 from qmpd.block.batch import Batch
 from qmpd.block.extents import RunKind
 from qmpd.errors import QmpdError
+from qmpd.export.intake import Intake
 from qmpd.export.replies import Pieces, Replies
 from qmpd.export.status import extents
 from qmpd.nbd.constants import BASE_ALLOCATION, MAX_PAYLOAD, Command, CommandFlag
 from qmpd.nbd.exportinfo import ExportInfo, Negotiated
-from qmpd.nbd.transmission import COMMAND_NAMES, Buffer, Request, Wire, wire_errno
+from qmpd.nbd.transmission import COMMAND_NAMES, Buffer, Raw, Request, Wire, wire_errno
 from qmpd.units import KIB, MIB, SECTOR, align_down, align_up
 
 _FUA: Final = int(CommandFlag.FUA)
 _READ: Final = int(Command.READ)
-_WRITE: Final = int(Command.WRITE)
+_FIRST: Final = (0,)
 _WRITING: Final = frozenset({Command.WRITE, Command.TRIM, Command.WRITE_ZEROES})
 _LIMITED: Final = frozenset({Command.READ, Command.WRITE, Command.CACHE})
 
@@ -64,11 +64,13 @@ class RefusedError(Exception):
 class Commands:
     """The commands of one connection. One thread at a time; what touches the device happens inside the gate."""
 
-    def __init__(self, info: ExportInfo, negotiated: Negotiated, wire: Wire, *, writethrough: bool) -> None:
+    def __init__(
+        self, info: ExportInfo, negotiated: Negotiated, wire: Wire, replies: Replies, *, writethrough: bool
+    ) -> None:
         self._info = info
         self._wire = wire
+        self._replies = replies
         self._writethrough = writethrough
-        self._batch_writes = info.writable and not writethrough
         self._contexts = negotiated.contexts
         self._allowed = _allowed(wire)
         self._work: dict[int, Callable[[Target, Request, Buffer], Pieces]] = {
@@ -81,86 +83,91 @@ class Commands:
             Command.BLOCK_STATUS: self._block_status,
         }
 
-    def run_all(self, target: Target, batch: list[tuple[Request, memoryview]], replies: Replies) -> None:
-        """Carry out requests with their payloads. Raises for nothing that a client or an image does.
+    def run(self, target: Target, intake: Intake) -> None:
+        """Carry out a round of requests and answer it. Raises for nothing that a client or an image does.
 
-        They are under way together as far as the client knows, so that plain reads and writes can be put together.
+        Its plain requests are under way together as far as the client knows: any order is right.
         """
-        reads: list[tuple[Request, int]] = []
-        writes: list[tuple[Request, memoryview]] = []
-        size, batch_writes = self._info.size, self._batch_writes and target.active
-        for request, payload in batch:
-            _, flags, command, cookie, offset, length = request
-            if not flags and length and offset + length <= size:
-                if command == _READ and (at := replies.add_data(cookie, offset, length)) is not None:
-                    reads.append((request, at))
-                    continue
-                if command == _WRITE and batch_writes:
-                    writes.append((request, payload))
-                    continue
-            self._write_all(target, writes, replies)
-            self._read_all(target, reads, replies)
-            self._run(target, request, payload, replies)
-        self._write_all(target, writes, replies)
-        self._read_all(target, reads, replies)
+        if intake.other is not None:
+            self._run(target, *intake.other)
+        if intake.writes and target.active:
+            self._write_all(target.device, intake.writes, intake.payloads)
+        else:
+            for raw, payload in zip(intake.writes, intake.payloads, strict=True):
+                self._run(target, Request._make(raw), payload)
+        if intake.reads:
+            self._read_all(target, intake.reads)
 
-    def _run(self, target: Target, request: Request, payload: Buffer, replies: Replies) -> None:
-        with self._answered(request, replies):
+    def _run(self, target: Target, request: Request, payload: Buffer) -> None:
+        try:
             self._check(request)
             if not target.active and request.command != _READ:
                 raise RefusedError(wire_errno(errno.EPERM), "export is inactive")
-            replies.add(self._work[request.command](target, request, payload))
-
-    @contextmanager
-    def _answered(self, request: Request, replies: Replies) -> Iterator[None]:
-        """What goes wrong with a request becomes the answer to it."""
-        _, _, command, cookie, offset, _ = request
-        try:
-            yield
+            self._replies.add(self._work[request.command](target, request, payload))
         except RefusedError as refused:
-            replies.add([self._wire.error(cookie, offset, refused.number, refused.text)])
+            self._replies.add([self._wire.error(request.cookie, request.offset, refused.number, refused.text)])
         except QmpdError as error:
-            replies.add([self._wire.error(cookie, offset, wire_errno(error.errno), _FAILED[Command(command)])])
+            self._fail(request, error)
+
+    def _fail(self, request: Raw, error: QmpdError) -> None:
+        _, _, command, cookie, offset, _ = request
+        self._replies.add([self._wire.error(cookie, offset, wire_errno(error.errno), _FAILED[Command(command)])])
 
     # -- plain reads and writes ----------------------------------------------------------------------------------------
 
-    def _read_all(self, target: Target, reads: list[tuple[Request, int]], replies: Replies) -> None:
-        """Reads whose answers are laid out already; takes them off the list."""
-        if not reads:
-            return
-        buffers = [replies.at(at, request.length) for request, at in reads]
-        left = target.device.read_many(Batch([request.offset for request, _ in reads], buffers))
+    def _read_all(self, target: Target, reads: list[Raw]) -> None:
+        """Into the places that the data are sent from."""
+        places = self._replies.add_reads(reads)
+        left: Sequence[int] = _FIRST
+        if len(reads) > 1:
+            left = target.device.read_many(Batch([raw[4] for raw in reads], places))
+        failed: list[int] = []
         for index in left:
-            request, at = reads[index]
-            with self._answered(request, replies):
-                try:
-                    target.device.readinto(request.offset, buffers[index])
-                except QmpdError:
-                    replies.drop_data(at, request.length)
-                    reads[index] = request, -1
-                    raise
-        if self._wire.structured:
-            for request, at in reads:
-                if at >= 0 and _looks_sparse(replies, at, request.offset, request.length):
-                    replies.drop_data(at, request.length)
-                    with self._answered(request, replies):
-                        replies.add(self._read_sparse(target, request))
-        reads.clear()
+            try:
+                target.device.readinto(reads[index][4], places[index])
+            except QmpdError as error:
+                failed.append(index)
+                self._fail(reads[index], error)
+        if failed or self._wire.structured:
+            self._replace(target, reads, failed)
 
-    def _write_all(self, target: Target, writes: list[tuple[Request, memoryview]], replies: Replies) -> None:
-        """Writes that need not be stable; takes them off the list."""
-        if not writes:
-            return
-        offsets, buffers = [request.offset for request, _ in writes], [payload for _, payload in writes]
-        left = set(target.device.write_many(Batch(offsets, buffers)))
-        for index, (request, payload) in enumerate(writes):
-            if index in left:
-                with self._answered(request, replies):
-                    target.device.write(request.offset, payload)
-                    replies.add_done(request.cookie, request.offset)
+    def _replace(self, target: Target, reads: list[Raw], failed: list[int]) -> None:
+        """Take the answers of failed reads back, and those with holes, to tell these as such."""
+        start = 0
+        for index, raw in enumerate(reads):
+            start += self._wire.data_head
+            if index in failed:
+                self._replies.drop(start, raw[5])
+            elif self._wire.structured and self._looks_sparse(start, raw[4], raw[5]):
+                self._replies.drop(start, raw[5])
+                try:
+                    self._replies.add(self._read_sparse(target, Request._make(raw)))
+                except QmpdError as error:
+                    self._fail(raw, error)
+            start += raw[5]
+
+    def _write_all(self, device: BlockDevice, writes: list[Raw], payloads: list[memoryview]) -> None:
+        """From where they were received; those that must be stable are made so together."""
+        left: Sequence[int] = _FIRST
+        if len(writes) > 1:
+            left = device.write_many(Batch([raw[4] for raw in writes], payloads))
+        failed: dict[int, QmpdError] = {}
+        for index in left:
+            try:
+                device.write(writes[index][4], payloads[index])
+            except QmpdError as error:
+                failed[index] = error
+        stable = [index for index, raw in enumerate(writes) if self._writethrough or raw[1]]
+        if stable:
+            try:
+                device.flush()
+            except QmpdError as error:
+                failed = dict.fromkeys(stable, error) | failed
+        for index, raw in enumerate(writes):
+            if index in failed:
+                self._fail(raw, failed[index])
             else:
-                replies.add_done(request.cookie, request.offset)
-        writes.clear()
+                self._replies.add_done(raw)
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
@@ -277,6 +284,17 @@ class Commands:
             raise RefusedError(wire_errno(errno.EINVAL), "CMD_BLOCK_STATUS payload not valid")
         return int.from_bytes(data[:8], "big"), tuple(one for one in self._contexts if one[0] in ids)
 
+    def _looks_sparse(self, at: int, offset: int, length: int) -> bool:
+        """May there be a hole in what was read at ``offset``? Holes begin and end with sectors."""
+        is_zero, end = self._replies.is_zero, at + length
+        if is_zero(at, min(length, SECTOR - offset % SECTOR)):
+            return True
+        last = (offset + length) % SECTOR or SECTOR
+        if last < length and is_zero(end - last, last):
+            return True
+        inner = at - offset % SECTOR + _STRETCH
+        return any(is_zero(place, SECTOR) for place in range(inner, end - SECTOR, _STRETCH))
+
     # -- what they share -----------------------------------------------------------------------------------------------
 
     def _stable(self, target: Target, request: Request) -> Pieces:
@@ -286,18 +304,6 @@ class Commands:
 
     def _done(self, request: Request) -> Pieces:
         return [self._wire.done(request.cookie, request.offset)]
-
-
-def _looks_sparse(replies: Replies, at: int, offset: int, length: int) -> bool:
-    """May there be a hole in what was read at ``offset``? Holes begin and end with sectors."""
-    end = at + length
-    if replies.is_zero(at, min(length, SECTOR - offset % SECTOR)):
-        return True
-    last = (offset + length) % SECTOR or SECTOR
-    if last < length and replies.is_zero(end - last, last):
-        return True
-    inner = at - offset % SECTOR + _STRETCH
-    return any(replies.is_zero(place, SECTOR) for place in range(inner, end - SECTOR, _STRETCH))
 
 
 def _allowed(wire: Wire) -> dict[int, int]:

@@ -13,12 +13,13 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._closed = 0
         self._inside = 0
 
     def __enter__(self) -> None:
-        with self._changed:
+        with self._lock:
             while self._closed:
                 self._changed.wait()
             self._inside += 1
@@ -26,7 +27,7 @@ class Gate:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._changed:
+        with self._lock:
             self._inside -= 1
             if self._closed and not self._inside:
                 self._changed.notify_all()

@@ -8,14 +8,14 @@ import socket
 import threading
 
 from qmpd.block.api import BlockDevice, Perm
-from qmpd.export.commands import Commands, Target
-from qmpd.export.connection import Connection, Transport
+from qmpd.export.commands import Target
+from qmpd.export.connection import converse
 from qmpd.export.gate import Gate
+from qmpd.export.intake import Transport
 from qmpd.graph import chain
 from qmpd.graph.node import Backend, Edge, Node
 from qmpd.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION
 from qmpd.nbd.exportinfo import ExportInfo, Negotiated
-from qmpd.nbd.transmission import Wire
 from qmpd.units import SECTOR, align_down
 
 _log = logging.getLogger(__name__)
@@ -118,9 +118,15 @@ class NbdExport(Backend):
                 return
             self._transports.add(transport)
         try:
-            wire = Wire(structured=negotiated.structured, extended=negotiated.extended)
-            commands = Commands(self.info(), negotiated, wire, writethrough=self.writethrough)
-            Connection(transport, wire, commands, self._gate, self._current).run(leftover)
+            converse(
+                transport,
+                self.info(),
+                negotiated,
+                leftover,
+                gate=self._gate,
+                target=self._current,
+                writethrough=self.writethrough,
+            )
         except OSError as error:
             _log.info("export %s: client cut off: %s", self.id, error)
         except Exception:  # noqa: BLE001  a bug of ours, or no memory: the others go on

@@ -1,20 +1,21 @@
-"""What a batch of requests is answered with, laid out as it will be sent: what is read goes to its place at once.
+"""What a round of requests is answered with, laid out as it will be sent: what is read goes to its place at once.
 
 One thread. Offsets and lengths in bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
 
-from qmpd.nbd.transmission import Buffer, Wire
+from qmpd.nbd.transmission import Buffer, Raw, Wire
 from qmpd.units import KIB, MIB
 
 Pieces = list[Buffer]
 
 MOST: Final = 1 * MIB
-"""Data of a batch that certainly finds room."""
+"""Data of a round that certainly finds room."""
 
 _HEADS: Final = 4 * KIB
 _COPIED: Final = 64 * KIB
@@ -35,33 +36,33 @@ class Replies:
         self._dropped: list[tuple[int, int]] = []
         self._more: Pieces = []
 
-    def add_data(self, cookie: int, offset: int, length: int) -> int | None:
-        """Answer a read with data that the caller puts :meth:`at` the position returned; None if there is no room."""
-        start = self._end + self._wire.data_head
-        if start + length > len(self._buffer):
-            return None
-        self._wire.put_data(self._buffer, self._end, cookie, offset, length)
-        self._end = start + length
-        return start
-
-    def at(self, start: int, length: int) -> memoryview:
-        """Where the data of a reply go."""
-        return self._view[start : start + length]
+    def add_reads(self, requests: Sequence[Raw]) -> list[memoryview]:
+        """Answer reads with data; where each is to be put. Of empty replies, MOST bytes and a round find room."""
+        view, end, buffer = self._view, self._end, self._buffer
+        put, head = self._wire.put_data, self._wire.data_head
+        places = []
+        for _, _, _, cookie, offset, length in requests:
+            put(buffer, end, cookie, offset, length)
+            end += head
+            places.append(view[end : end + length])
+            end += length
+        self._end = end
+        return places
 
     def is_zero(self, start: int, length: int) -> bool:
-        """Is that all zeros? For a few bytes."""
+        """Is that all zeros? For a few bytes of :meth:`add_reads`' data."""
         return not self._buffer[start] and self._buffer[start : start + length].count(0) == length
 
-    def drop_data(self, start: int, length: int) -> None:
-        """Take back a reply of :meth:`add_data`."""
+    def drop(self, start: int, length: int) -> None:
+        """Take back one of the answers of :meth:`add_reads`, by where its data are."""
         self._dropped.append((start - self._wire.data_head, start + length))
 
-    def add_done(self, cookie: int, offset: int) -> None:
+    def add_done(self, request: Raw) -> None:
         """Success without data."""
         if self._end + self._wire.done_size > len(self._buffer):
-            self._more.append(self._wire.done(cookie, offset))
+            self._more.append(self._wire.done(request[3], request[4]))
             return
-        self._wire.put_done(self._buffer, self._end, cookie, offset)
+        self._wire.put_done(self._buffer, self._end, request[3], request[4])
         self._end += self._wire.done_size
 
     def add(self, pieces: Pieces) -> None:

@@ -53,6 +53,10 @@ def wire_errno(number: int) -> int:
     return _WIRE_ERRNO.get(number, _EINVAL)
 
 
+#: A :class:`Request` where there is no time for names.
+Raw = tuple[int, int, int, int, int, int]
+
+
 class Request(NamedTuple):
     """A request without its payload."""
 

@@ -35,9 +35,9 @@ class Overlap:
 
     def at(self, cluster: int) -> str | None:
         """What lies there, or None for data and free clusters."""
-        for area in self._flat:
-            if area.first <= cluster < area.end:
-                return area.name
+        for first, end, name in self._flat:
+            if first <= cluster < end:
+                return name
         if cluster in self.l2:
             return "active L2 table"
         if cluster in self.blocks:

@@ -83,12 +83,10 @@ class Refcounts:
         block = self.block(index)
         return 0 if block is None else int(block.data[position])
 
-    def remembered(self, cluster: int) -> int | None:
-        """The count, None if its block is not in memory. Raises nothing."""
-        index, position = divmod(cluster, self.per_block)
-        table, blocks = self._image.meta.refcount_table.entries, self._image.meta.refcount_blocks
-        block = blocks.cached(int(table[index]) & OFFSET_MASK) if index < len(table) else None
-        return None if block is None else int(block.data[position])
+    def cached_block(self, index: int) -> Table | None:
+        """Block number ``index`` if it is in memory. Raises nothing."""
+        table = self._image.meta.refcount_table.entries
+        return self._image.meta.refcount_blocks.cached(table.item(index) & OFFSET_MASK) if index < len(table) else None
 
     def get_many(self, clusters: I64) -> U64:
         """Counts of several clusters."""
