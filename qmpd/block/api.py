@@ -211,6 +211,11 @@ class Driver(ABC):
         return None
 
     @property
+    def map_unit(self) -> int:
+        """The bytes that are mapped as one: where :meth:`map` cuts within, the image file ends."""
+        return 1
+
+    @property
     def growable(self) -> bool:
         """Do bytes past the end read as zeros, and does a write there (with RESIZE permission) make it longer?"""
         return False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from qmpd.block.api import BlockDevice
+from qmpd.block.api import BlockDevice, Driver
 from qmpd.block.batch import Batch
 from qmpd.block.extents import RunKind
 from qmpd.errors import QmpdError
@@ -46,7 +46,7 @@ class Target:
 
     device: BlockDevice
     #: The images of the chain from the top down, filters left out.
-    layers: Sequence[BlockDevice]
+    layers: Sequence[Driver]
     #: May space be given back?
     unmap: bool
     active: bool

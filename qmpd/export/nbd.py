@@ -7,7 +7,7 @@ import logging
 import socket
 import threading
 
-from qmpd.block.api import BlockDevice, Perm
+from qmpd.block.api import Driver, Perm
 from qmpd.export.commands import Target
 from qmpd.export.connection import converse
 from qmpd.export.gate import Gate
@@ -149,9 +149,9 @@ class NbdExport(Backend):
         return self._target
 
 
-def _layers(edge: Edge) -> list[BlockDevice]:
+def _layers(edge: Edge) -> list[Driver]:
     """The images of the chain from the top down."""
-    layers: list[BlockDevice] = []
+    layers: list[Driver] = []
     node: Node | None = chain.skip_filters(edge.node)
     while node is not None:
         layers.append(node.opened)

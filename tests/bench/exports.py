@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import statistics
 import subprocess
@@ -44,6 +45,21 @@ def images(directory: Path) -> None:
         run("qemu-img", "create", "-q", "-f", kind, path, str(_SIZE))
         words = (f"write -P 0x5a {offset} {16 << 20}" for offset in range(0, _SIZE, 16 << 20))
         run("qemu-io", "-f", kind, *(part for word in words for part in ("-c", word)), path, timeout=600)
+        cache_in_pages(path)
+
+
+def cache_in_pages(path: Path) -> None:
+    """Have the file cached as small requests leave it.
+
+    What was written or read in large pieces is cached in large folios, in which ext4 (seen in Linux 6.18) takes 20 us
+    for a write of 4 KiB, whoever writes, instead of 2: then nothing but that would be measured.
+    """
+    with path.open("rb", buffering=0) as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for offset in range(0, path.stat().st_size, _BLOCK):
+            os.pread(file.fileno(), _BLOCK, offset)
 
 
 def one_run(program: Program, directory: Path) -> Times:

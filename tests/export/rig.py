@@ -80,13 +80,26 @@ class Client:
         self.sock = sock
         self.mode = negotiated
         self._asked: dict[int, tuple[int, int, int]] = {}
+        self._packet: bytearray | None = None
 
     def send(self, command: int, offset: int, length: int, data: bytes = b"", *, flags: int = 0) -> int:
         cookie = 0x1000 + len(self._asked)
         self._asked[cookie] = command, offset, length
         layout, magic = (">IHHQQQ", 0x21E41C71) if self.mode.extended else (">IHHQQI", 0x25609513)
-        self.sock.sendall(struct.pack(layout, magic, flags, command, cookie, offset, length) + data)
+        request = struct.pack(layout, magic, flags, command, cookie, offset, length) + data
+        if self._packet is None:
+            self.sock.sendall(request)
+        else:
+            self._packet += request
         return cookie
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What is sent in the block leaves at its end, in one packet."""
+        self._packet = bytearray()
+        yield
+        packet, self._packet = self._packet, None
+        self.sock.sendall(packet)
 
     def ask(self, command: int, offset: int = 0, length: int = 0, data: bytes = b"", *, flags: int = 0) -> Answer:
         cookie = self.send(command, offset, length, data, flags=flags)

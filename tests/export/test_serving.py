@@ -9,9 +9,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from qmpd.block.contract import BrokenContractError
+from qmpd.errors import Kind, QmpdError
+from qmpd.export.commands import Commands
 from qmpd.export.gate import Gate
 from qmpd.export.nbd import NbdExport
 from qmpd.graph.open import open_tree
@@ -158,6 +163,73 @@ def test_a_client_that_does_not_read_its_replies_holds_nobody(export: NbdExport)
         export.quiesce()
         export.resume()
         assert other.ask(READ, 0, 8).data == b"x" * 8
+
+
+def test_a_bug_ends_the_connection_and_nothing_else(
+    export: NbdExport, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever meets it is cut off with a line in the log; others are served, and the graph can change."""
+    with client(export) as other:
+        assert other.ask(READ, 0, 8).error == 0
+        for bug in (BrokenContractError("nonsense"), MemoryError(), KeyError(0)):
+            with monkeypatch.context() as patch, client(export) as unlucky:
+                patch.setattr(Commands, "run", Mock(side_effect=bug))
+                unlucky.send(READ, 0, 8)
+                assert unlucky.sock.recv(1) == b""
+        assert [record.levelname for record in caplog.records] == ["ERROR"] * 3
+        export.quiesce()
+        export.resume()
+        assert other.ask(READ, 0, 8).error == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_flush_makes_the_writes_of_a_packet_stable_and_fails_for_them(
+    export: NbdExport, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that asked for it hear of a flush that fails, and the others do not; all are stored."""
+    assert export.edge is not None
+    flushes = Mock(side_effect=[None, QmpdError("gone", Kind.IO, errno=5)])
+    monkeypatch.setattr(export.edge.node.opened, "flush", flushes)
+    with client(export, mode) as guest:
+        for result in (0, 5):
+            with guest.held():
+                cookies = [guest.send(WRITE, n * 1024, 1024, bytes([n + 1]) * 1024, flags=n % 2) for n in range(8)]
+            answers = guest.replies(8)
+            assert [answers[cookie].error for cookie in cookies] == [0, result] * 4
+        assert flushes.call_count == 2
+        assert guest.ask(READ, 0, 8192).data == b"".join(bytes([n + 1]) * 1024 for n in range(8))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_of_a_packet_only_what_fails_fails(export: NbdExport, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads and writes that fail are answered with errors among those that succeed, each with its own bytes."""
+    assert export.edge is not None
+    device = export.edge.node.opened
+    read, write = device.readinto, device.write
+
+    def failing(call: Any) -> Any:
+        def request(offset: int, data: memoryview) -> None:
+            if offset in (2048, 5 * 1024):
+                raise QmpdError("broken", Kind.IO, errno=5)
+            call(offset, data)
+
+        return request
+
+    with client(export, mode) as guest:
+        assert guest.ask(WRITE, 0, 8192, b"o" * 8192).error == 0
+        monkeypatch.setattr(device, "read_many", lambda batch: [2, 5, 6])
+        monkeypatch.setattr(device, "write_many", lambda batch: batch.indexes)
+        monkeypatch.setattr(device, "readinto", failing(read))
+        monkeypatch.setattr(device, "write", failing(write))
+        with guest.held():
+            writes = [guest.send(WRITE, n * 1024, 1024, bytes([n + 1]) * 1024) for n in range(8)]
+        answers = guest.replies(8)
+        assert [answers[cookie].error for cookie in writes] == [5 if n in (2, 5) else 0 for n in range(8)]
+        with guest.held():
+            reads = [guest.send(READ, n * 1024, 1024) for n in range(8)]
+        answers = guest.replies(8)
+        assert [answers[cookie].error for cookie in reads] == [5 if n in (2, 5) else 0 for n in range(8)]
+        assert answers[reads[6]].data == b"\7" * 1024
 
 
 def test_closing_the_gate_waits_for_those_inside_and_keeps_others_out() -> None:

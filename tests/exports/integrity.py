@@ -49,7 +49,9 @@ class Guest(threading.Thread):
             start, length = start // unit * unit, max(length // unit * unit, unit)
         end = start + length
         fua = self._rng.choice((0, 0, 0, 1))
-        match self._rng.choice("rrrrwwwwztsf"):
+        match self._rng.choice("rrrrwwwwztsfbb"):
+            case "b":
+                self._requests()
             case "r":
                 assert self._read(start, length) == self.content[start:end], f"{self.name} at {start}+{length}"
             case "s":
@@ -69,6 +71,26 @@ class Guest(threading.Thread):
                 self.content[start:end] = after
             case "f":
                 self._call(wire.FLUSH, 0, 0)
+
+    def _requests(self) -> None:
+        """A dozen small ones, in flight together."""
+        unit, command = self._rng.choice((512, 4096, 5000, 20480)), self._rng.choice((wire.READ, wire.WRITE))
+        starts = [slot * unit for slot in self._rng.sample(range(REGION // unit), 12)]
+        payloads = [self._rng.randbytes(unit) if command == wire.WRITE else b"" for _ in starts]
+        packet = (
+            wire.request(command, self._start + start, unit, cookie=number, payload=payload)
+            for number, (start, payload) in enumerate(zip(starts, payloads, strict=True))
+        )
+        self._connection.sock.sendall(b"".join(packet))
+        answers = self._connection.answers(12, unit if command == wire.READ else 0)
+        assert sorted(answer.cookie for answer in answers) == list(range(12))
+        for answer in answers:
+            assert answer.error == 0, f"{self.name}: command {command}: {answer}"
+            start = starts[answer.cookie]
+            if command == wire.READ:
+                assert answer.data == self.content[start : start + unit], f"{self.name} at {start}+{unit}"
+            else:
+                self.content[start : start + unit] = payloads[answer.cookie]
 
     def _read(self, start: int, length: int) -> bytes:
         return self._call(wire.READ, self._start + start, length)

@@ -46,6 +46,21 @@ def test_nbdinfo_maps_what_qemu_img_maps(server: Server, kind: str) -> None:
     assert export_map(server.url(kind)) == image_map(files)
 
 
+@pytest.mark.parametrize("writes", [["write 128k 512"], ["write 1M 4k", "write 131584 1"], ["write 192k 64k"]])
+def test_nbdinfo_maps_whole_clusters(server: Server, writes: list[str]) -> None:
+    """A cluster that was written in part is data as a whole, also where the image file ends within it."""
+    need("nbdinfo", "qemu-io")
+    image = server.directory / "disk.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE))
+    server.open("disk", [image])
+    server.export("disk")
+    url = server.url("disk")
+    run("qemu-io", "-f", "raw", *(word for write in writes for word in ("-c", write)), url)
+    assert export_map(url) == image_map([image])
+    clusters = {int(flags == 0) * length for _, length, flags in export_map(url)} - {0}
+    assert clusters == {65536}
+
+
 @kinds
 def test_nbdcopy_copies_an_export_out_and_in(anywhere: Server, kind: str, tmp_path: Path) -> None:
     """A copy out is the disk; a copy in becomes the disk, and the image stays clean."""

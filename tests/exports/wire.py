@@ -103,25 +103,32 @@ class Connection:
 
     def answer(self, reads: int = 0) -> Answer:
         """The next answer, of one request in flight."""
-        result = bytearray(reads)
-        start: int | None = None
-        while True:
+        return self.answers(1, reads)[0]
+
+    def answers(self, count: int, reads: int = 0) -> list[Answer]:
+        """So many answers, in the order in which they end; a simple one to a read has ``reads`` bytes."""
+        ended: list[Answer] = []
+        parts: dict[int, tuple[int, bytearray]] = {}
+        while len(ended) < count:
             (magic,) = struct.unpack(">I", self.exactly(4))
             if magic == SIMPLE_MAGIC:
                 error, cookie = struct.unpack(">IQ", self.exactly(12))
-                return Answer(cookie, error, self.exactly(0 if error else reads))
+                ended.append(Answer(cookie, error, self.exactly(0 if error else reads)))
+                continue
             assert magic == CHUNK_MAGIC, hex(magic)
             flags, kind, cookie, length = struct.unpack(">HHQI", self.exactly(16))
             payload = self.exactly(length)
             if kind & 0x8000:
-                return Answer(cookie, struct.unpack_from(">I", payload)[0])
+                ended.append(Answer(cookie, struct.unpack_from(">I", payload)[0]))
+                continue
             if kind in (1, 2):
                 (offset,) = struct.unpack_from(">Q", payload)
-                start = offset if start is None else start
+                start, data = parts.setdefault(cookie, (offset, bytearray(reads)))
                 if kind == 1:
-                    result[offset - start : offset - start + length - 8] = payload[8:]
+                    data[offset - start : offset - start + length - 8] = payload[8:]
             if flags & 1:
-                return Answer(cookie, 0, bytes(result))
+                ended.append(Answer(cookie, 0, bytes(parts.pop(cookie, (0, bytearray(reads)))[1])))
+        return ended
 
     def closed(self) -> bool:
         """Read until the server closes, and say so. Raises TimeoutError if it does not."""

@@ -93,6 +93,10 @@ class Qcow2(Driver):
         return None if self.read_only else self._image.geometry.cluster_size
 
     @property
+    def map_unit(self) -> int:
+        return self._image.geometry.unit_size
+
+    @property
     def data_child(self) -> BlockDevice | None:
         return self._image.file
 
