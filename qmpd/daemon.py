@@ -48,6 +48,7 @@ ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _NAMES: Final = {
     "blockdev": ("node", "node-name"),
     "object": ("object", "id"),
+    "export": ("export", "id"),
 }
 
 #: Importing the families is what registers their commands.
@@ -106,6 +107,8 @@ class Core:
         self.exports = Exports(graph, graph_lock, self.bus.publish)
         self.ctx.rooms["records"] = self._records
         self.ctx.rooms[exports.ROOM] = self.exports
+        if durable is not None:
+            durable.calls = self.exports.calls
         self.durable = durable
         self.revival: Revival | None = None
         if state is not None and durable is not None:
@@ -142,6 +145,8 @@ class Core:
             hurry(self.ctx.graph.nodes)
             await self.exports.shutdown()
             await self.jobs.shutdown()
+            if self.ctx.before_reply is not None:  # nothing is to wait for between the end and the reply to quit
+                await self.ctx.before_reply(None, {})
             self._jobs_gone.set()
         await self._jobs_gone.wait()
         self.server.wind_down()
@@ -218,11 +223,10 @@ class StartUp:
 
     def _is_back(self, option: str, tree: Mapping[str, Any]) -> bool:
         """Did the state bring it back already? Then the state knows better what became of it."""
-        named = _NAMES.get(option)
-        if self._core.revival is None or named is None:
+        if self._core.revival is None:
             return False
-        kind, member = named
-        return f"{kind}:{tree.get(member)}" in self._core.revival.things
+        kind, member = _NAMES.get(option, (option, ""))
+        return f"{kind}:{tree.get(member, '')}" in self._core.revival.things
 
     async def _call(self, command: str, tree: dict[str, Any], source: Source) -> None:
         ctx = self._core.ctx
@@ -302,7 +306,8 @@ class Daemon:
         return status
 
     async def _be_active(self, ready: Callable[[], None]) -> int:
-        failure = await self._start_up.run()
+        with self.core.exports.unattended():
+            failure = await self._start_up.run()
         if failure is not None:
             return failure
         ready()

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from qmpd.commands.objects import Iothread
-from qmpd.commands.socket_address import SocketAddress, SocketAddressLegacy, listen_at, nested
+from qmpd.commands.socket_address import SocketAddress, SocketAddressLegacy, absolute, listen_at, nested
 from qmpd.commands.tls_objects import admission, server_credentials
 from qmpd.control import exports
 from qmpd.control.exports import Wanted
@@ -55,7 +55,8 @@ def _terms(ctx: Context, args: NbdServerOptionsBase) -> Terms:
 @command("nbd-server-start")
 async def nbd_server_start(ctx: Context, args: NbdServerStart) -> None:
     """Listen for NBD clients."""
-    await exports.of(ctx).start(partial(listen_at, args.addr), partial(_terms, ctx, args))
+    call = args.to_wire() | {"addr": absolute(args.addr).to_wire()}
+    await exports.of(ctx).start(partial(listen_at, args.addr), partial(_terms, ctx, args), call)
 
 
 @command("nbd-server-stop")
@@ -120,6 +121,7 @@ async def block_export_add(ctx: Context, args: BlockExportOptions) -> None:
             allocation_depth=bool(args.allocation_depth),
             allow_inactive=bool(args.allow_inactive),
             bitmaps=[item if isinstance(item, str) else (item.node, item.name) for item in args.bitmaps or ()],
+            iothread=args.iothread,
             check_place=partial(_iothread, ctx, args.iothread),
         )
     )

@@ -1,5 +1,6 @@
 """Where a server listens, as QAPI types: flat on the command line, nested in QMP (spec/nbd-export.md section 1)."""
 
+import os
 import socket
 from enum import StrEnum
 from typing import Any
@@ -112,6 +113,16 @@ def nested(address: SocketAddress) -> dict[str, Any]:
     """An address of the command line as QMP has it."""
     members = address.to_wire()
     return {"type": members.pop("type"), "data": members}
+
+
+def absolute(address: SocketAddressLegacy) -> SocketAddressLegacy:
+    """The same address from whatever directory: a socket file's path is made absolute, if it may be as long."""
+    if not isinstance(address, NestedUnix) or address.data.abstract or not address.data.path:
+        return address
+    path = os.path.abspath(address.data.path)
+    if len(os.fsencode(path)) >= listen.PATH_ROOM:
+        return address
+    return address.model_copy(update={"data": address.data.model_copy(update={"path": path})})
 
 
 # -- listening ---------------------------------------------------------------------------------------------------------

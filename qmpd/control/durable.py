@@ -12,12 +12,14 @@ from functools import partial
 from typing import Any, Final
 
 from qmpd.control.bus import Bus
+from qmpd.control.exports import DELETED, Call
 from qmpd.control.history import EVENTS, RESULTS, Event, Result
 from qmpd.control.joblife import Life
 from qmpd.control.journal import Journal
 from qmpd.control.records import Records
 from qmpd.errors import QmpdError
 from qmpd.graph.edit import Graph
+from qmpd.graph.node import Node
 from qmpd.graph.remember import describe
 from qmpd.jobs.job import Keeper, Merge
 from qmpd.state import schema
@@ -33,7 +35,7 @@ _SLACK: Final = 1000
 
 #: Command -> the kind of thing that it makes, and the argument that names it. It is repeated at the next start.
 #: Not exports: jobs and snapshots move them to other nodes, and one that came back on the node it was once made for
-#: would let a guest write to the wrong image.
+#: would let a guest write to the wrong image. What there is of them is written down with the nodes.
 MAKERS: Final[Mapping[str, tuple[str, str]]] = {
     "object-add": ("object", "id"),
     "qom-set": ("property", "path"),
@@ -42,6 +44,10 @@ MAKERS: Final[Mapping[str, tuple[str, str]]] = {
 ENDERS: Final[Mapping[str, tuple[str, str]]] = {
     "object-del": ("object", "id"),
 }
+
+
+#: Kinds of calls about the NBD server and exports, in the order in which they are repeated.
+EXPORT_KINDS: Final = ("nbd-server", "export", "deleted-export")
 
 
 class DurableRecords(Records):
@@ -60,6 +66,15 @@ class DurableRecords(Records):
         self._nodes: dict[str, str] = {name: schema.dumps(row) for name, row in loaded.nodes.items()}
         #: Names of nodes that could not be opened again: they stay in the state.
         self.unrestored: set[str] = set()
+        #: What brings back the NBD server and exports, where it is not the command that made them.
+        self.calls: Callable[[], Mapping[str, Call]] = dict
+        self._calls: dict[str, tuple[str, str]] = {
+            key: (command, schema.dumps(row)) for key, command, row in loaded.calls if _kind(key) in EXPORT_KINDS
+        }
+        #: Keys of calls that have not been repeated yet at this start.
+        self.unrepeated: set[str] = set(self._calls)
+        #: Those that failed, with the node they were for: they stay in the state as long as it stays the same.
+        self._failed: dict[str, Node | None] = {}
         #: Jobs that go on, by id: as they were.
         self.resuming: dict[str, JobRow] = {}
         self.partial: dict[str, dict[str, Any]] = dict(loaded.partial)
@@ -81,6 +96,8 @@ class DurableRecords(Records):
         if self._is_frozen:
             return
         changes = [schema.event(EventRow(event.number, event.name, event.data, event.time))]
+        if event.name == DELETED:
+            changes += self._call_changes()
         if event.number % _SLACK == 0:
             changes.append(schema.forget_events(event.number - EVENTS))
         self._post(*changes, then=partial(self._bus.tell, event))
@@ -157,6 +174,8 @@ class DurableRecords(Records):
             self._post(*(schema.forget_calls(pattern) for pattern in _ended(command, arguments)))
         if self._graph.version != self._version:
             self._post_nodes()
+        elif changes := self._call_changes():
+            self._post(*changes)
         for life, told in self._lives.items():
             now = (life.cell.speed, life.job.user_paused)
             if now != told:
@@ -186,8 +205,36 @@ class DurableRecords(Records):
             changes.append(schema.checkpoint(life.job.id, {"offset": progress.current, "length": progress.total}))
             changes.append(schema.passed(life.job.id))
         self._nodes = now
+        changes += self._call_changes()  # in the same transaction: an export is never of a node that it has left
         if changes:
             self._post(*changes)
+
+    # -- the NBD server and exports ------------------------------------------------------------------------------------
+
+    def repeated(self, key: str, node_name: str | None = None, *, failed: bool = False) -> None:
+        """A call of the state has been repeated; ``node_name`` is the node that it is about."""
+        self.unrepeated.discard(key)
+        if failed:
+            self._failed[key] = self._node(node_name)
+
+    def _call_changes(self) -> list[Change]:
+        """What has changed about the server and exports since the last time."""
+        now = {key: (call.command, schema.dumps(call.arguments)) for key, call in self.calls().items()}
+        self._failed = {key: node for key, node in self._failed.items() if key not in now}
+        now |= {key: row for key, row in self._calls.items() if key not in now and self._is_kept(key, row[1])}
+        changes = [schema.kept_call(key, *row) for key, row in now.items() if self._calls.get(key) != row]
+        changes += [schema.forget_calls(key) for key in self._calls.keys() - now.keys()]
+        self._calls = now
+        return changes
+
+    def _is_kept(self, key: str, row: str) -> bool:
+        """Is this to be tried again at the next start?"""
+        if key in self._failed:
+            return self._node(json.loads(row).get("node-name")) is self._failed[key]
+        return key in self.unrepeated
+
+    def _node(self, name: str | None) -> Node | None:
+        return None if name is None else self._graph.find(name)
 
     # -- the way out ---------------------------------------------------------------------------------------------------
 
@@ -210,6 +257,10 @@ def _ended(command: str, arguments: Mapping[str, Any]) -> list[str]:
     """Patterns of the keys of what is gone, with all that went with it."""
     name = arguments["id"]
     return [_key(ENDERS[command], arguments), f"property:*/{name}:*", f"property:{name}:*"]
+
+
+def _kind(key: str) -> str:
+    return key.partition(":")[0]
 
 
 def _event(row: EventRow) -> Event:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,6 +38,9 @@ ROOM: Final = "exports"
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*", re.ASCII)
 _LONGEST: Final = 4096
 
+DELETED: Final = "BLOCK_EXPORT_DELETED"
+"""The event."""
+
 Publish = Callable[[str, dict[str, Any]], None]
 
 
@@ -54,10 +58,19 @@ class Wanted:
     allow_inactive: bool = False
     #: Names, or (node, name).
     bitmaps: Sequence[str | tuple[str, str]] = ()
+    iothread: str | None = None
     #: Checks what the export is to be run by, in its place among the other checks. Raises QmpdError.
     check_place: Callable[[], object] = lambda: None
     #: The node as ``device`` in error texts: the legacy command's spelling.
     device: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A command, or an event that is still to be told."""
+
+    command: str
+    arguments: dict[str, Any]
 
 
 class Exports:
@@ -67,9 +80,12 @@ class Exports:
         self._graph = graph
         self._graph_lock = graph_lock
         self._publish = publish
+        self._door = trio.Event()
+        self._door.set()
         #: Oldest first.
         self._all: list[Exported] = []
         self._server: NbdServer | None = None
+        self._server_call: dict[str, Any] = {}
         #: Held while the server starts or stops.
         self._changing = trio.Lock()
         self._sweeping = False
@@ -88,10 +104,12 @@ class Exports:
 
     # -- the server ----------------------------------------------------------------------------------------------------
 
-    async def start(self, listen: Callable[[], Sequence[Listener]], terms: Callable[[], Terms]) -> None:
+    async def start(
+        self, listen: Callable[[], Sequence[Listener]], terms: Callable[[], Terms], call: dict[str, Any]
+    ) -> None:
         """Listen, then look at the ``terms``; if they are refused, nobody listens. ``listen`` runs in a worker thread.
 
-        Raises QmpdError.
+        ``call``: arguments of nbd-server-start that do the same at another start. Raises QmpdError.
         """
         async with self._changing:
             if self._server is not None:
@@ -105,7 +123,21 @@ class Exports:
                 for listener in listeners:
                     listener.close()
                 raise
-            self._nursery.start_soon(self._server.serve)
+            self._server_call = call
+            self._nursery.start_soon(self._attend, self._server)
+
+    async def _attend(self, server: NbdServer) -> None:
+        await self._door.wait()
+        await server.serve()
+
+    @contextmanager
+    def unattended(self) -> Iterator[None]:
+        """Clients that connect in the block are greeted after it: nobody is told that an export is not there yet."""
+        self._door = trio.Event()
+        try:
+            yield
+        finally:
+            self._door.set()
 
     async def stop(self) -> None:
         """Remove all exports, cut all clients; returns when requests in flight have ended. Raises QmpdError."""
@@ -159,15 +191,17 @@ class Exports:
             writable=wanted.writable,
             writethrough=wanted.writethrough,
             allocation_depth=wanted.allocation_depth,
+            allow_inactive=wanted.allow_inactive,
             multi_conn=self._server is None or self._server.terms.max_connections != 1,
         )
-        self._graph.rehearse(lambda edit: edit.attach(Backend(), "root", node, Role.NONE, perm=export.perm))
+        if node.active:
+            self._graph.rehearse(lambda edit: edit.attach(Backend(), "root", node, Role.NONE, perm=export.perm))
         self._check_wire(wanted)
         self._check_bitmaps(wanted, lambda edit: _attach(edit, export, node))
         with self._graph.edit() as edit:
             _attach(edit, export, node)
         export.begin()
-        exported = Exported(export)
+        exported = Exported(export, wanted.iothread)
         self._all.append(exported)
         return exported
 
@@ -244,7 +278,22 @@ class Exports:
                 _log.error("export %s: while closing its node: %s", exported.export.id, error)
             self._all.remove(exported)
             exported.gone.set()
-        self._publish("BLOCK_EXPORT_DELETED", {"id": exported.export.id})
+        self._publish(DELETED, {"id": exported.export.id})
+
+    # -- for another start ---------------------------------------------------------------------------------------------
+
+    def calls(self) -> dict[str, Call]:
+        """Key -> the command that brings back what there is now, in an order in which it can."""
+        calls: dict[str, Call] = {}
+        if self._server is not None:
+            calls["nbd-server:"] = Call("nbd-server-start", self._server_call)
+        for exported in self._all:
+            export = exported.export
+            if exported.shutting_down:
+                calls[f"deleted-export:{export.id}"] = Call(DELETED, {"id": export.id})
+            else:
+                calls[f"export:{export.id}"] = Call("block-export-add", exported.arguments())
+        return calls
 
     # -- queries -------------------------------------------------------------------------------------------------------
 
@@ -266,7 +315,8 @@ class Exports:
 
 
 def _attach(edit: Edit, export: NbdExport, node: Node) -> None:
-    edit.attach(export, "root", node, Role.NONE, perm=export.perm, shared=SHARED)
+    perm, shared = activity.permissions(node, export.perm, SHARED)
+    edit.attach(export, "root", node, Role.NONE, perm=perm, shared=shared)
 
 
 def of(ctx: Context) -> Exports:

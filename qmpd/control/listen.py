@@ -25,7 +25,9 @@ _log = logging.getLogger(__name__)
 BACKLOG: Final = 128
 """Connections that may wait in the kernel while the daemon is busy."""
 
-_PATH_ROOM: Final = 108
+PATH_ROOM: Final = 108
+"""Bytes of a UNIX socket's path, its end included."""
+
 _UCRED: Final = struct.Struct("3i")
 
 #: accept() errors that pass when other connections end.
@@ -52,7 +54,7 @@ def bind_abstract(name: str, *, tight: bool = True) -> socket.socket:
     address = b"\0" + os.fsencode(name)
     sock = socket.socket(socket.AF_UNIX)
     try:
-        sock.bind(address if tight else address.ljust(_PATH_ROOM, b"\0"))
+        sock.bind(address if tight else address.ljust(PATH_ROOM, b"\0"))
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
@@ -235,7 +237,7 @@ def _identity(path: str | None) -> tuple[int, int] | None:
 
 
 def _check_path(path: str) -> None:
-    if len(os.fsencode(path)) >= _PATH_ROOM:
+    if len(os.fsencode(path)) >= PATH_ROOM:
         raise QmpdError(f"UNIX socket path '{path}' is too long")
 
 

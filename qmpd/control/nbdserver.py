@@ -14,7 +14,7 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import trio
 
@@ -24,6 +24,7 @@ from qmpd.control.channel import READ_SIZE
 from qmpd.control.listen import Listener
 from qmpd.errors import QmpdError
 from qmpd.export.nbd import NbdExport
+from qmpd.graph.remember import behind_filters
 from qmpd.nbd.exportinfo import ExportInfo
 from qmpd.nbd.handshake import Close, Enter, Handshake, Send, StartTls, Tls
 
@@ -42,10 +43,30 @@ class Exported:
     """An export there is, or one that waits for its last requests."""
 
     export: NbdExport
+    iothread: str | None = None
     connections: set[Connection] = field(default_factory=set)
     shutting_down: bool = False
     #: Its id is free again.
     gone: trio.Event = field(default_factory=trio.Event)
+
+    def arguments(self) -> dict[str, Any]:
+        """Of block-export-add, to make the same export of the node that it is of now."""
+        export, edge = self.export, self.export.edge
+        assert edge is not None
+        node = behind_filters(edge.node)
+        row: dict[str, Any] = {
+            "type": "nbd",
+            "id": export.id,
+            "node-name": node.name,
+            "name": export.name,
+            "writable": export.writable,
+            "writethrough": export.writethrough,
+            "allocation-depth": export.allocation_depth,
+            # A node that another program has is not to be taken away from it by making the export again.
+            "allow-inactive": export.waives is not None or not node.active,
+        }
+        more = {"description": export.description or None, "iothread": self.iothread}
+        return row | {name: value for name, value in more.items() if value is not None}
 
 
 class Exports(Protocol):

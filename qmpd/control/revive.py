@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from qmpd.control.bridge import run_steps
-from qmpd.control.durable import DurableRecords
+from qmpd.control.durable import EXPORT_KINDS, DurableRecords
 from qmpd.control.history import Result
 from qmpd.control.registry import Context, lookup
 from qmpd.errors import QmpdError
@@ -25,9 +25,8 @@ from qmpd.state.store import Loaded
 
 _log = logging.getLogger(__name__)
 
-#: Kinds of things that nodes need, and kinds that need nodes.
+#: Kinds of things that nodes need.
 _BEFORE_NODES = ("object", "property")
-_AFTER_NODES = ("nbd-server", "export")
 
 
 class Revival:
@@ -45,7 +44,7 @@ class Revival:
         """Bring back everything, in the order in which it can be."""
         await self._repeat(_BEFORE_NODES)
         await self._open_nodes()
-        await self._repeat(_AFTER_NODES)
+        await self._repeat(EXPORT_KINDS)
         async with self._ctx.graph_lock:
             await run_steps(close_unreferenced(self._ctx.graph))
         if self._loaded.incarnation is not None:
@@ -64,11 +63,17 @@ class Revival:
             for key, command, arguments in self._loaded.calls:
                 if key.partition(":")[0] != kind:
                     continue
+                if kind == "deleted-export":
+                    self._records.repeated(key)
+                    self._ctx.bus.publish(command, arguments)
+                    continue
                 self.things.add(key)
                 try:
                     await lookup(command).call(self._ctx, arguments)
+                    self._records.repeated(key)
                 except QmpdError as error:
                     self._failed(*key.partition(":")[::2], error)
+                    self._records.repeated(key, arguments.get("node-name"), failed=True)
 
     async def _open_nodes(self) -> None:
         async with self._ctx.graph_lock:

@@ -39,6 +39,7 @@ class NbdExport(Backend):
         writable: bool = False,
         writethrough: bool = False,
         allocation_depth: bool = False,
+        allow_inactive: bool = False,
         multi_conn: bool = True,
     ) -> None:
         super().__init__()
@@ -49,6 +50,7 @@ class NbdExport(Backend):
         self.writethrough = writethrough
         self.allocation_depth = allocation_depth
         self.multi_conn = multi_conn
+        self.waives = (self.perm, SHARED) if allow_inactive else None
         self._gate = Gate()
         self._target: Target | None = None
         self._info: ExportInfo | None = None

@@ -99,6 +99,15 @@ def call(key: str, command: str, arguments: dict[str, Any]) -> Change:
     return "INSERT OR REPLACE INTO calls (key, command, row) VALUES (?, ?, ?)", (key, command, dumps(arguments))
 
 
+def kept_call(key: str, command: str, row: str) -> Change:
+    """The same in its place, if there is one of this key already."""
+    return (
+        "INSERT INTO calls (key, command, row) VALUES (?, ?, ?)"
+        " ON CONFLICT (key) DO UPDATE SET command = excluded.command, row = excluded.row",
+        (key, command, row),
+    )
+
+
 def forget_calls(pattern: str) -> Change:
     """Of commands, those whose key is GLOB ``pattern``."""
     return "DELETE FROM calls WHERE key GLOB ?", (pattern,)
