@@ -1,7 +1,8 @@
 """Giving nodes up for another program, and taking them back.
 
 An inactive node does not write, holds no locks and lets everybody else use its files; its users can still read. When it
-is activated, what others have changed is read anew. Source: spec/toolbox.md section 9.
+is activated, what others have changed is read anew. A user that may write keeps a node active, unless it can do without
+its permissions meanwhile (:attr:`Backend.waives`). Source: spec/toolbox.md section 9.
 
 Deviation: all nodes are checked before the first one is changed, and either all become inactive or none.
 """
@@ -13,8 +14,8 @@ from typing import Final
 
 from qmpd.block.api import Perm
 from qmpd.errors import Kind, QmpdError
-from qmpd.graph.edit import Graph
-from qmpd.graph.node import Node, topological
+from qmpd.graph.edit import Edit, Graph
+from qmpd.graph.node import Backend, Edge, Node, topological
 from qmpd.steps import Steps
 
 _WRITES: Final = Perm.WRITE | Perm.WRITE_UNCHANGED
@@ -43,14 +44,14 @@ def activation(roots: Iterable[Node]) -> list[Node]:
 def inactivate(graph: Graph, nodes: list[Node], failure: str) -> Steps[None]:
     """Let go of ``nodes``, parents first, whose users hold back their requests. Raises with the text ``failure``."""
     for node in nodes:
-        if any(edge.perm & _WRITES for edge in node.parents if not isinstance(edge.parent, Node)):
+        users = [edge for edge in node.parents if not isinstance(edge.parent, Node) and _waived(edge) is None]
+        if any(edge.perm & _WRITES for edge in users):
             raise QmpdError(f"{failure}: Operation not permitted", Kind.PERMISSION, node=node.name)
     for node in nodes:
         if not node.read_only:
             yield node.opened.flush
     with graph.edit() as edit:
-        for node in nodes:
-            edit.set_active(node, False)
+        _set_active(edit, nodes, False)
 
 
 def activate(graph: Graph, nodes: list[Node]) -> Steps[None]:
@@ -59,13 +60,28 @@ def activate(graph: Graph, nodes: list[Node]) -> Steps[None]:
     The locks are taken before anything is read, so that nobody changes it any more.
     """
     with graph.edit() as edit:
-        for node in nodes:
-            edit.set_active(node, True)
+        _set_active(edit, nodes, True)
     try:
         for node in reversed(nodes):
             yield node.opened.reload
     except Exception:
         with graph.edit() as edit:
-            for node in nodes:
-                edit.set_active(node, False)
+            _set_active(edit, nodes, False)
         raise
+
+
+def permissions(node: Node, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+    """What a user who puts up with inactive nodes asks of ``node`` now."""
+    return (perm, shared) if node.active else (Perm.NONE, Perm.ALL)
+
+
+def _set_active(edit: Edit, nodes: Iterable[Node], active: bool) -> None:
+    for node in nodes:
+        edit.set_active(node, active)
+        for edge in node.parents:
+            if (waived := _waived(edge)) is not None:
+                edit.set_perm(edge, *permissions(node, *waived))
+
+
+def _waived(edge: Edge) -> tuple[Perm, Perm] | None:
+    return edge.parent.waives if isinstance(edge.parent, Backend) else None

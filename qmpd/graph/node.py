@@ -36,6 +36,8 @@ class Backend:
     def __init__(self) -> None:
         self.serial = next(_serial)
         self.edge: Edge | None = None
+        #: For one that puts up with an inactive node: what it needs and what it shares while the node is active.
+        self.waives: tuple[Perm, Perm] | None = None
 
     @property
     def label(self) -> str:
