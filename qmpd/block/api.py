@@ -180,6 +180,19 @@ class ImageInfo:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+class InternalSnapshot(Protocol):
+    """A state of the disk that an image keeps beside the current one. Both strings are untrusted."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    def info(self) -> dict[str, Any]:
+        """As queries report it (QEMU's SnapshotInfo)."""
+
+
 class Driver(ABC):
     """Base class of everything that can be a node. Implements :class:`BlockDevice`."""
 
@@ -189,6 +202,8 @@ class Driver(ABC):
     #: True for drivers that hold a file themselves (file, host_device, null-co).
     is_protocol: ClassVar[bool] = False
     supports_backing: ClassVar[bool] = False
+    #: Does the format keep internal snapshots?
+    supports_snapshots: ClassVar[bool] = False
 
     #: Can blockdev-reopen give it other options?
     reopens: ClassVar[bool] = True
@@ -327,6 +342,24 @@ class Driver(ABC):
         Worker thread; nobody may write to the node meanwhile. ``pulse`` is called often and may raise to end it.
         """
         raise QmpdError("This image format does not support checks", Kind.UNSUPPORTED)
+
+    # -- formats with internal snapshots -----------------------------------------------------------------------------
+
+    @property
+    def snapshots(self) -> Sequence[InternalSnapshot]:
+        """Those in the image, oldest first."""
+        return ()
+
+    def take_snapshot(self, name: str, nanoseconds: int) -> InternalSnapshot:
+        """Keep the present content under ``name``, durably; ``nanoseconds`` since the epoch are noted beside it.
+
+        Worker thread; the driver must be writable, and requests must be kept away meanwhile.
+        """
+        raise QmpdError("Operation not supported", Kind.UNSUPPORTED)
+
+    def delete_snapshot(self, key: str) -> None:
+        """Forget the first snapshot whose id is ``key``, durably. As :meth:`take_snapshot`."""
+        raise QmpdError("Operation not supported", Kind.UNSUPPORTED)
 
     # -- formats with a backing file ---------------------------------------------------------------------------------
 

@@ -1,12 +1,14 @@
-"""Snapshots by overlays, alone and in transactions. Source: spec/toolbox.md sections 2, 3 and 13."""
+"""Snapshots, by overlays and inside images; transactions. Source: spec/toolbox.md sections 2, 3, 12 and 13."""
 
 from enum import StrEnum
 
+from qmpd.commands.block_info import SnapshotInfo
 from qmpd.control.bridge import run_steps
-from qmpd.control.qapi import QapiModel, Str
+from qmpd.control.qapi import WIRE, QapiModel, Str
 from qmpd.control.registry import Context, command
 from qmpd.errors import QmpdError
-from qmpd.jobs import transaction
+from qmpd.jobs import internal_snapshot, transaction
+from qmpd.jobs.internal_snapshot import SnapshotInternal
 from qmpd.jobs.snapshot import Snapshot, SnapshotSync, SyncRequest
 from qmpd.jobs.transaction import Abort, Action
 
@@ -28,6 +30,17 @@ class BlockdevSnapshotSync(QapiModel):
     snapshot_node_name: Str | None = None
     format: Str | None = None
     mode: NewImageMode | None = None
+
+
+class BlockdevSnapshotInternal(QapiModel):
+    device: Str
+    name: Str
+
+
+class BlockdevSnapshotDeleteInternalSync(QapiModel):
+    device: Str
+    id: Str | None = None
+    name: Str | None = None
 
 
 def _snapshot(args: BlockdevSnapshot) -> Action:
@@ -58,12 +71,29 @@ async def blockdev_snapshot_sync(ctx: Context, args: BlockdevSnapshotSync) -> No
     await _run(ctx, [_snapshot_sync(args)])
 
 
+@command("blockdev-snapshot-internal-sync")
+async def blockdev_snapshot_internal_sync(ctx: Context, args: BlockdevSnapshotInternal) -> None:
+    """Keep what a disk holds now, inside its image."""
+    await _run(ctx, [SnapshotInternal(args.device, args.name)])
+
+
+@command("blockdev-snapshot-delete-internal-sync", returns=SnapshotInfo)
+async def blockdev_snapshot_delete_internal_sync(
+    ctx: Context, args: BlockdevSnapshotDeleteInternalSync
+) -> SnapshotInfo:
+    """Forget a snapshot inside an image, and tell what it was."""
+    async with ctx.graph_lock:
+        steps = internal_snapshot.delete(ctx.graph, args.device, args.id, args.name)
+        return SnapshotInfo.parse(await run_steps(steps), WIRE)
+
+
 # -- transactions ------------------------------------------------------------------------------------------------------
 
 
 class TransactionActionKind(StrEnum):
     ABORT = "abort"
     BLOCKDEV_SNAPSHOT = "blockdev-snapshot"
+    BLOCKDEV_SNAPSHOT_INTERNAL_SYNC = "blockdev-snapshot-internal-sync"
     BLOCKDEV_SNAPSHOT_SYNC = "blockdev-snapshot-sync"
 
 
@@ -81,6 +111,10 @@ class AbortWrapper(TransactionAction, branch=TransactionActionKind.ABORT):
 
 class BlockdevSnapshotWrapper(TransactionAction, branch=TransactionActionKind.BLOCKDEV_SNAPSHOT):
     data: BlockdevSnapshot
+
+
+class BlockdevSnapshotInternalWrapper(TransactionAction, branch=TransactionActionKind.BLOCKDEV_SNAPSHOT_INTERNAL_SYNC):
+    data: BlockdevSnapshotInternal
 
 
 class BlockdevSnapshotSyncWrapper(TransactionAction, branch=TransactionActionKind.BLOCKDEV_SNAPSHOT_SYNC):
@@ -117,6 +151,8 @@ def _action(action: TransactionAction) -> Action:
             return _snapshot(data)
         case BlockdevSnapshotSyncWrapper(data=data):
             return _snapshot_sync(data)
+        case BlockdevSnapshotInternalWrapper(data=data):
+            return SnapshotInternal(data.device, data.name)
         case _:
             return Abort()
 

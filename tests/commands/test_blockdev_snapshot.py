@@ -425,3 +425,106 @@ async def test_there_and_back(daemon: Served) -> None:
     await daemon.rig.close()
     check("a.qcow2")
     reads("a.qcow2", "0x44 0 64k", "0x55 64k 64k", "0x11 128k 896k", "0 1M 3M")
+
+
+# -- inside images -----------------------------------------------------------------------------------------------------
+
+
+def internal(device: str, name: str) -> dict[str, Any]:
+    return {"type": "blockdev-snapshot-internal-sync", "data": {"device": device, "name": name}}
+
+
+def inside(name: str) -> list[str]:
+    """Snapshots in an image, by qemu-img."""
+    info = json.loads(output(f"qemu-img info -U --output=json {name}"))
+    return [entry["name"] for entry in info.get("snapshots", [])]
+
+
+def held(name: str, snapshot: str) -> bytes:
+    """What a snapshot in an image holds, by qemu-img."""
+    shell(f"qemu-img convert -f qcow2 -O raw -l snapshot.name={snapshot} {name} held.raw")
+    return Path("held.raw").read_bytes()
+
+
+async def test_a_snapshot_inside_keeps_what_a_writing_guest_has_written(daemon: Served) -> None:
+    """Taken under random requests it holds what the disk held in between two of them; the guest reads what it wrote."""
+    guest = Guest(daemon.rig, "a", seed=4)
+    guest.start()
+    for number in range(3):
+        start = guest.requests
+        await daemon.rig.until(lambda least=start + 20: guest.requests >= least or guest.error is not None)
+        await daemon.call("blockdev-snapshot-internal-sync", device="a", name=f"s{number}")
+    deleted = await daemon.call("blockdev-snapshot-delete-internal-sync", device="a", name="s1")
+    assert (deleted["id"], deleted["name"]) == ("2", "s1")
+    guest.finish()
+    guest.device.flush()
+    guest.detach(daemon.rig)
+    await daemon.rig.close()
+    check("a.qcow2")
+    assert inside("a.qcow2") == ["s0", "s2"]
+    output("qemu-img convert -f qcow2 -O raw a.qcow2 now.raw")
+    assert Path("now.raw").read_bytes() == guest.shadow
+
+
+async def test_a_snapshot_inside_holds_its_moment(daemon: Served) -> None:
+    user = Guest(daemon.rig, "a")
+    await daemon.call("blockdev-snapshot-internal-sync", device="a", name="s")
+    user.device.write(0, b"\x22" * 65536)
+    user.detach(daemon.rig)
+    info = await daemon.call("query-named-block-nodes")
+    [node] = [known for known in info if known["node-name"] == "a"]
+    assert [known["name"] for known in node["image"]["snapshots"]] == ["s"]
+    await daemon.rig.close()
+    check("a.qcow2")
+    reads("a.qcow2", "0x22 0 64k", "0x11 64k 960k")
+    assert held("a.qcow2", "s")[: 1 * MIB] == b"\x11" * MIB
+
+
+async def test_a_transaction_takes_them_on_all_disks_or_on_none(daemon: Served) -> None:
+    actions = [internal("a", "s"), internal("b", "s")]
+    assert await daemon.refused("transaction", actions=[*actions, ABORT]) == ABORTED
+    assert await daemon.refused("transaction", actions=[*actions, internal("a", "s")]) == (
+        "Snapshot with name 's' already exists on device 'a'"
+    )
+    assert inside("a.qcow2") == inside("b.qcow2") == []
+    await daemon.call("transaction", actions=actions)
+    assert inside("a.qcow2") == inside("b.qcow2") == ["s"]
+    await daemon.rig.close()
+    check("a.qcow2", "b.qcow2")
+
+
+async def test_an_action_sees_what_those_before_it_will_have_done(daemon: Served) -> None:
+    """With an overlay on it a node is no root any more, and the overlay takes the snapshot."""
+    refused = await daemon.refused("transaction", actions=[snapshot("a", "oa"), internal("a", "s")])
+    assert refused == "Need a root block node"
+    await daemon.call("transaction", actions=[snapshot("a", "oa"), internal("oa", "s")])
+    assert inside("a.qcow2") == []
+    assert inside("oa.qcow2") == ["s"]
+
+
+async def test_the_image_below_a_filter_keeps_the_snapshot(daemon: Served) -> None:
+    """A filter has no snapshots; its only child has, unless somebody else uses that too."""
+    await daemon.rig.add({"driver": "copy-on-read", "node-name": "f", "file": "a"})
+    await daemon.call("blockdev-snapshot-internal-sync", device="f", name="s")
+    assert inside("a.qcow2") == ["s"]
+    other = Guest(daemon.rig, "a")
+    text = await daemon.refused("blockdev-snapshot-internal-sync", device="f", name="t")
+    assert text == "Block format 'copy-on-read' used by device 'f' does not support internal snapshots"
+    other.detach(daemon.rig)
+
+
+async def test_no_snapshot_where_it_fails(daemon: Served) -> None:
+    """The error tells which device; the image takes no more writes where nobody knows what is on disk."""
+    log: list[str] = []
+    spy(daemon.graph.get("a"), "take_snapshot", log, QmpdError("No space left on device", Kind.NO_SPACE), once=True)
+    text = await daemon.refused("transaction", actions=[internal("b", "s"), internal("a", "s")])
+    assert text == "Failed to create snapshot 's' on device 'a': No space left on device"
+    assert inside("a.qcow2") == inside("b.qcow2") == []
+
+
+async def test_an_inactive_node_has_no_snapshots_taken_or_deleted(daemon: Served) -> None:
+    await daemon.call("blockdev-snapshot-internal-sync", device="a", name="s")
+    await daemon.call("blockdev-set-active", node_name="a", active=False)
+    for command in ("blockdev-snapshot-internal-sync", "blockdev-snapshot-delete-internal-sync"):
+        name = "t" if command == "blockdev-snapshot-internal-sync" else "s"
+        assert await daemon.refused(command, device="a", name=name) == "Device 'a' is inactive"

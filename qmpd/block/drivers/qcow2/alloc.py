@@ -284,10 +284,12 @@ class Allocator:
 
     # -- giving up -------------------------------------------------------------------------------------------------
 
-    def give_back(self, clusters: I64) -> None:
-        """Clusters that no entry ever pointed at: free at once."""
+    def give_back(self, clusters: I64, *, discard: bool = False) -> None:
+        """References that no entry on disk holds, or ever held: given up at once."""
         if len(clusters):
-            self._drop(clusters)
+            gone = self._drop(clusters)
+            if discard and len(gone):
+                self._pass_discard(gone)
 
     def give_back_one(self, cluster: int) -> None:
         """The same for a single cluster."""

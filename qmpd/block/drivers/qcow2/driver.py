@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final, Self
 
-from qmpd.block.api import BackingReference, BlockDevice, Buffer, Driver, ImageInfo
+from qmpd.block.api import BackingReference, BlockDevice, Buffer, Driver, ImageInfo, InternalSnapshot
 from qmpd.block.batch import Batch
 from qmpd.block.drivers.qcow2 import header as hdr
 from qmpd.block.drivers.qcow2.check import check
@@ -19,6 +19,7 @@ from qmpd.block.drivers.qcow2.image import L2_CACHE, REFCOUNT_CACHE, Image
 from qmpd.block.drivers.qcow2.many import Many
 from qmpd.block.drivers.qcow2.reading import Reader
 from qmpd.block.drivers.qcow2.resize import Resizer
+from qmpd.block.drivers.qcow2.snapshotting import Snapshotter
 from qmpd.block.drivers.qcow2.tables import I64
 from qmpd.block.drivers.qcow2.writing import Writer
 from qmpd.block.drivers.qcow2.zeroing import Eraser
@@ -29,7 +30,7 @@ from qmpd.errors import Kind, QmpdError
 _DISCARD_OPTION: Final = "pass-discard-request"
 
 #: What a driver has read, or knows, of its image.
-_PARTS: Final = ("_image", "_clusters", "_reader", "_writer", "_many", "_eraser", "_resizer", "_length")
+_PARTS: Final = ("_image", "_clusters", "_reader", "_writer", "_many", "_eraser", "_resizer", "_snapshotter", "_length")
 
 
 class Qcow2(Driver):
@@ -42,6 +43,7 @@ class Qcow2(Driver):
 
     format_name = "qcow2"
     supports_backing = True
+    supports_snapshots = True
 
     def __init__(self, image: Image, options: Mapping[str, Any]) -> None:
         """Use :meth:`open`."""
@@ -53,6 +55,7 @@ class Qcow2(Driver):
         self._many = Many(image, self._clusters, self._reader, self._writer)
         self._eraser = Eraser(image, self._clusters, self._reader, self._writer)
         self._resizer = Resizer(image, self._clusters, self._reader, self._writer, self._eraser)
+        self._snapshotter = Snapshotter(image, self._clusters, self._writer, self._eraser)
         self._length = image.header.size
         self._next: tuple[bool, Mapping[str, Any]] | None = None
         self._closed = False
@@ -243,6 +246,20 @@ class Qcow2(Driver):
     def make_empty(self) -> None:
         """See :meth:`Driver.make_empty`; :mod:`qmpd.block.drivers.qcow2.empty` tells what a crash may leave."""
         make_empty(self._image, self._writer, self._eraser)
+
+    # -- internal snapshots ----------------------------------------------------------------------------------------
+
+    @property
+    def snapshots(self) -> Sequence[InternalSnapshot]:
+        return tuple(self._image.snapshots)
+
+    def take_snapshot(self, name: str, nanoseconds: int) -> InternalSnapshot:
+        """See :meth:`Snapshotter.take`."""
+        return self._snapshotter.take(name, nanoseconds)
+
+    def delete_snapshot(self, key: str) -> None:
+        """See :meth:`Snapshotter.delete`."""
+        self._snapshotter.delete(key)
 
     # -- backing reference -----------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ def _clusters_left(image: Image) -> int:
 def _reset(image: Image) -> None:
     """Lock held, nothing cached is dirty, no request under way."""
     size, end = image.geometry.cluster_size, _clusters_left(image)
-    _set_dirty_bit(image, on=True)
+    image.set_dirty_bit(on=True)
     image.announce(Event.L1_UPDATE)
     try:
         image.file.write_zeroes(image.header.l1_offset, align_up(image.header.l1_size * 8, size), unmap=False)
@@ -89,14 +89,8 @@ def _reset(image: Image) -> None:
         image.meta.refcount_table.settle()
         image.take_no_more_writes(error)
         raise
-    _set_dirty_bit(image, on=False)
+    image.set_dirty_bit(on=False)
     _cut(image, end)
-
-
-def _set_dirty_bit(image: Image, *, on: bool) -> None:
-    incompatible = image.header.incompatible & ~hdr.DIRTY | (hdr.DIRTY if on else 0)
-    image.write_header_field(72, struct.pack(">Q", incompatible))
-    image.header = replace(image.header, incompatible=incompatible)
 
 
 def _forget_mapping(image: Image) -> None:

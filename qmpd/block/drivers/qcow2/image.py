@@ -146,6 +146,14 @@ class Image:
             self.take_no_more_writes(error)
             raise
 
+    def set_dirty_bit(self, *, on: bool) -> None:
+        """Say whether refcounts and copied flags may be wrong. Version 3 only; otherwise nothing is done."""
+        if self.header.version < 3:
+            return
+        incompatible = self.header.incompatible & ~hdr.DIRTY | (hdr.DIRTY if on else 0)
+        self.write_header_field(72, struct.pack(">Q", incompatible))
+        self.header = replace(self.header, incompatible=incompatible)
+
     def write_header(self, new: Header) -> None:
         """Replace the header durably; a crash leaves the old one or the new one. Raises ENOSPC, the file's errors."""
         self.header = rewrite(self.file, self.header, new)

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def rebuild_refcounts(image: Image) -> None:
-    """Count all references, store them, clear the dirty bit. Lock held; nothing cached is dirty.
+    """Count all references and store them. Lock held; nothing cached is dirty. The dirty bit stays for the caller.
 
     Raises CORRUPT, with nothing changed, for a mapping that makes no sense or holds more references than can be stored.
     """
@@ -39,8 +39,6 @@ def rebuild_refcounts(image: Image) -> None:
         first = report.findings[0]
         raise _hopeless(f"{first.field} at {first.offset:#x} is {first.value:#x}: {first.text}")
     _store(image, references.counts)
-    image.header = replace(image.header, incompatible=image.header.incompatible & ~hdr.DIRTY)
-    image.write_header_field(72, struct.pack(">Q", image.header.incompatible))
 
 
 def _store(image: Image, counts: Array) -> None:

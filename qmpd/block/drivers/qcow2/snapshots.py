@@ -1,4 +1,4 @@
-"""The internal snapshot table: read and validated at open (spec/qcow2.md section 4). Snapshots are never changed."""
+"""The internal snapshot table: read and validated at open, packed for writing (spec/qcow2.md section 4)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from qmpd.errors import Kind, QmpdError
 
 _FIXED: Final = struct.Struct(">QIHHIIQII")
 _MAX_EXTRA: Final = 1024
-_MAX_TABLE: Final = 64 << 20
+#: Longest table that may be read or written, bytes.
+MAX_TABLE: Final = 64 << 20
+#: In the extra data of new entries: size of the VM state, size of the disk, instruction count (none).
+_EXTRA: Final = struct.Struct(">QQQ")
+_NO_ICOUNT: Final = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,8 @@ class Snapshot:
     icount: int | None
     entry_size: int
     extra_size: int
+    #: The entry as stored, with its padding: what nobody here knows of it is kept.
+    raw: bytes
 
     def info(self) -> dict[str, Any]:
         """As queries report it (QEMU's SnapshotInfo)."""
@@ -58,22 +64,32 @@ def load_snapshots(file: BlockDevice, header: Header) -> list[Snapshot]:
         snapshot = _load(file, offset, index)
         snapshots.append(snapshot)
         offset += snapshot.entry_size
-        if offset - header.snapshots_offset > _MAX_TABLE:
+        if offset - header.snapshots_offset > MAX_TABLE:
             raise QmpdError("Snapshot table is too big", Kind.CORRUPT)
     return snapshots
 
 
+def new_entry(number: int, name: str, l1: tuple[int, int], disk_size: int, nanoseconds: int) -> Snapshot:
+    """An entry without VM state. ``l1`` is (host offset, entries), ``nanoseconds`` the time since the epoch."""
+    key, label = str(number).encode(), name.encode()
+    sec, nsec = divmod(nanoseconds, 1_000_000_000)
+    extra = _EXTRA.pack(0, disk_size, _NO_ICOUNT)
+    fixed = _FIXED.pack(*l1, len(key), len(label), sec & 0xFFFFFFFF, nsec, 0, 0, len(extra))
+    raw = fixed + extra + key + label
+    raw += bytes(-len(raw) % 8)
+    return Snapshot(*l1, str(number), name, sec, nsec, 0, 0, None, len(raw), len(extra), raw)
+
+
 def _load(file: BlockDevice, offset: int, index: int) -> Snapshot:
-    l1_offset, l1_size, id_size, name_size, sec, nsec, clock, state, extra_size = _FIXED.unpack(
-        read_padded(file, offset, _FIXED.size)
-    )
+    fixed = bytes(read_padded(file, offset, _FIXED.size))
+    l1_offset, l1_size, id_size, name_size, sec, nsec, clock, state, extra_size = _FIXED.unpack(fixed)
     if extra_size > _MAX_EXTRA:
         raise QmpdError(f"Too much extra metadata in snapshot table entry {index}", Kind.CORRUPT)
     rest = bytes(read_padded(file, offset + _FIXED.size, extra_size + id_size + name_size))
     extra, names = rest[:extra_size], rest[extra_size:]
     if extra_size >= 8:
         (state,) = struct.unpack_from(">Q", extra)
-    icount = struct.unpack_from(">Q", extra, 16)[0] if extra_size >= 24 else (1 << 64) - 1
+    icount = struct.unpack_from(">Q", extra, 16)[0] if extra_size >= 24 else _NO_ICOUNT
     size = _FIXED.size + len(rest)
     return Snapshot(
         l1_offset,
@@ -84,7 +100,8 @@ def _load(file: BlockDevice, offset: int, index: int) -> Snapshot:
         nsec,
         clock,
         state,
-        icount if icount != (1 << 64) - 1 else None,
+        icount if icount != _NO_ICOUNT else None,
         size + -size % 8,
         extra_size,
+        fixed + rest + bytes(-size % 8),
     )

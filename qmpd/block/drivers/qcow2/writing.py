@@ -18,6 +18,7 @@ import numpy as np
 
 from qmpd.block.debug import Event
 from qmpd.block.drivers.qcow2.clusters import Clusters, States
+from qmpd.block.drivers.qcow2.copied import refresh_flags
 from qmpd.block.drivers.qcow2.header import BITMAPS, DIRTY, KNOWN_AUTOCLEAR
 from qmpd.block.drivers.qcow2.image import Image
 from qmpd.block.drivers.qcow2.inflight import Claim
@@ -73,6 +74,8 @@ class Writer:
         image.check_structure()
         if image.header.incompatible & DIRTY:
             rebuild_refcounts(image)
+            refresh_flags(image)
+            image.set_dirty_bit(on=False)
         else:
             image.check_refcounts()
             size = image.geometry.cluster_size
