@@ -27,6 +27,7 @@ from qmpd.commands import (
     plan_commit,
     state,
     tls_objects,
+    transaction,
 )
 
 __all__ = [
@@ -51,4 +52,5 @@ __all__ = [
     "plan_commit",
     "state",
     "tls_objects",
+    "transaction",
 ]

@@ -2,6 +2,7 @@
 
 from qmpd.control.qapi import Bool, Int, QapiModel, Str
 from qmpd.control.registry import Context, command
+from qmpd.graph.edit import Graph
 from qmpd.jobs.job import OnError
 from qmpd.jobs.stream import StreamJob
 from qmpd.jobs.stream_plan import StreamRequest, plan_stream
@@ -24,9 +25,13 @@ class BlockStream(QapiModel):
     auto_dismiss: Bool | None = None
 
 
+def stream_of(graph: Graph, args: BlockStream) -> StreamJob:
+    """Validate; what was not given keeps the default of StreamRequest."""
+    request = StreamRequest(**{name: value for name, value in args if value is not None})
+    return StreamJob(graph, plan_stream(graph, request))
+
+
 @command("block-stream")
 async def block_stream(ctx: Context, args: BlockStream) -> None:
     """Start a job that moves the data of the images below ``device``, down to ``base``, into ``device``."""
-    # What was not given keeps the default of StreamRequest.
-    request = StreamRequest(**{name: value for name, value in args if value is not None})
-    await ctx.jobs.launch(lambda: StreamJob(ctx.graph, plan_stream(ctx.graph, request)))
+    await ctx.jobs.launch(lambda: stream_of(ctx.graph, args))

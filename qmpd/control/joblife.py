@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import trio
 
+from qmpd.control.jobgroup import Group
 from qmpd.errors import Kind, QmpdError, strerror
 from qmpd.graph.edit import Graph
 from qmpd.graph.open import close_unreferenced
@@ -76,11 +77,13 @@ def _next(body: Body) -> Rest | Failure | Ready | None:
 class Life:
     """The run-time side of one job. Control thread."""
 
-    def __init__(self, job: Job, around: Surroundings, opened: trio.Event) -> None:
-        """``opened`` is set when the opening stretch of the body is over: the job's command can be answered."""
+    def __init__(self, job: Job, around: Surroundings, group: Group) -> None:
         self.job = job
+        self.group = group
+        group.join(self)
         self.cell = Cell(trio.lowlevel.current_clock().current_time, self._poke)
-        self.opened = opened
+        #: The opening stretch of the body is over: the job's command can be answered.
+        self.opened = trio.Event()
         #: Concluded, and dismissed if the job does that itself.
         self.over = trio.Event()
         #: True while a worker thread is at it (``busy`` in queries).
@@ -92,7 +95,6 @@ class Life:
         self._publish = around.publish
         self._bridge = around.bridge
         self._wake = trio.Event()
-        self._may_finalize = job.auto_finalize
 
     # -- poked by verbs ------------------------------------------------------------------------------------------------
 
@@ -127,25 +129,32 @@ class Life:
         """Let a resting body look around."""
         self._poke()
 
-    def finalize(self) -> None:
-        """Let a pending job take its last step."""
-        self._may_finalize = True
-        self._poke()
+    # -- birth: the caller holds the graph lock ------------------------------------------------------------------------
 
-    # -- the task ------------------------------------------------------------------------------------------------------
-
-    async def start(self) -> None:
-        """Created to running. The caller holds the graph lock. Raises what ``start`` raised, with the job gone."""
+    async def create(self) -> None:
+        """Take what the job needs. Raises what ``start`` raised, with the job gone."""
         self._to(Status.CREATED)
         try:
             await self._bridge.run_steps(self.job.start(self.cell))
         except BaseException:
             self._to(Status.NULL)
             raise
+
+    async def take_back(self) -> None:
+        """Give everything back: the job will not run, because another one of the same command cannot."""
+        self._give_up(cancelled())
+        await self._last_phases()
+        self._to(Status.CONCLUDED)
+        self._to(Status.NULL)
+
+    async def begin(self) -> None:
+        """Created to running."""
         self._around.observer.began(self)
         self._to(Status.RUNNING)
         if self._around.observer.settle is not None:
             await self._around.observer.settle()  # the body does nothing that nobody would know of
+
+    # -- the task ------------------------------------------------------------------------------------------------------
 
     async def live(self) -> None:
         """Running to the end."""
@@ -230,11 +239,9 @@ class Life:
         """Everything from the end of the body on. A cancellation may come in until the last step begins."""
         if error is None and not self.cell.cancelled:
             await self._pend()
-        is_cancelled = self.cell.cancelled
-        if is_cancelled:
-            error = error or cancelled()
-        if error is not None:
-            self._give_up(error)
+        is_cancelled = self._look(error)
+        await self.group.turn(self)
+        is_cancelled = is_cancelled or (self.job.error is None and self._look(None))
         async with self._around.graph_lock:
             await self._last_phases()
         self._around.observer.done(self)
@@ -244,20 +251,34 @@ class Life:
         if self.job.auto_dismiss:
             self._to(Status.NULL)
 
+    def _look(self, error: QmpdError | None) -> bool:
+        """Give up after an error or a cancellation; was it a cancellation?"""
+        is_cancelled = self.cell.cancelled
+        if is_cancelled:
+            error = error or cancelled()
+        if error is not None:
+            self._give_up(error)
+        return is_cancelled
+
     def _give_up(self, error: QmpdError) -> None:
         self.job.error = error
         self._to(Status.ABORTING)
+        self.group.fail(self)
 
     async def _pend(self) -> None:
-        """Pass through waiting, which a single job leaves at once, and stay in pending until told to go on."""
+        """Wait for the others of the group, and stay in pending until told to go on."""
         self._to(Status.WAITING)
-        self._to(Status.PENDING)
-        if not self._may_finalize and self.job.is_block_job:
-            self._publish("BLOCK_JOB_PENDING", {"type": self.job.job_type, "id": self.job.id})
-        while not (self._may_finalize or self.cell.cancelled):
+        self.group.arrive()
+        while not (self.group.released or self.cell.cancelled):
             self.opened.set()
             self._wake = trio.Event()
             await self._wake.wait()
+
+    def show_pending(self) -> None:
+        """All of the group have arrived."""
+        self._to(Status.PENDING)
+        if not self.job.auto_finalize and self.job.is_block_job:
+            self._publish("BLOCK_JOB_PENDING", {"type": self.job.job_type, "id": self.job.id})
 
     async def _last_phases(self) -> None:
         """Prepare, then commit or abort, then clean; nodes that nobody holds after that are closed."""

@@ -7,11 +7,12 @@ Source: spec/jobs-and-commit.md sections 1 and 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
 
+from qmpd.control.jobgroup import Group
 from qmpd.control.joblife import Bridge, Life, Observer, Surroundings
 from qmpd.errors import Kind, QmpdError
 from qmpd.graph.edit import Graph
@@ -25,6 +26,7 @@ class _Birth:
     def __init__(self) -> None:
         self.done = trio.Event()
         self.error: Exception | None = None
+        self.lives: list[Life] = []
 
 
 class JobManager:
@@ -59,38 +61,78 @@ class JobManager:
         ``make`` validates and returns the job. It is called with the graph lock held, and whatever it or the job's
         ``start`` raises is raised here. A caller that is cancelled meanwhile does not stop the job.
         """
+
+        def prepare(life: Life) -> None:
+            if speed is not None:
+                life.cell.set_speed(speed)
+            if paused:
+                life.pause()
+
+        await self._launch([make], together=True, prepare=prepare)
+
+    async def launch_all(self, makes: Sequence[Callable[[], Job]], *, together: bool) -> None:
+        """:meth:`launch` several jobs, or none if one of them cannot start; ``together`` they also end."""
+        await self._launch(makes, together=together, prepare=lambda life: None)
+
+    async def _launch(
+        self, makes: Sequence[Callable[[], Job]], *, together: bool, prepare: Callable[[Life], None]
+    ) -> None:
         if self._nursery is None or self._closing:
             raise QmpdError("The daemon is shutting down")
         birth = _Birth()
-        self._nursery.start_soon(self._bring_up, make, birth, speed, paused)
+        self._nursery.start_soon(self._bring_up, makes, together, prepare, birth)
         await birth.done.wait()
         if birth.error is not None:
             raise birth.error
+        for life in birth.lives:
+            await life.opened.wait()
 
-    async def _bring_up(self, make: Callable[[], Job], birth: _Birth, speed: int | None, paused: bool) -> None:
+    async def _bring_up(
+        self, makes: Sequence[Callable[[], Job]], together: bool, prepare: Callable[[Life], None], birth: _Birth
+    ) -> None:
         try:
             async with self._around.graph_lock:
-                life = await self._start(make(), birth.done)
-                if speed is not None:
-                    life.cell.set_speed(speed)
-                if paused:
-                    life.pause()
+                await self._create(makes, together, birth.lives)
+                # As at the peer, the last one begins first.
+                for life in reversed(birth.lives):
+                    await life.begin()
+                    prepare(life)
         except Exception as error:  # noqa: BLE001  it belongs to the command that waits
             birth.error = error
-            birth.done.set()
             return
+        finally:
+            birth.done.set()
+        async with trio.open_nursery() as nursery:
+            for life in reversed(birth.lives):
+                nursery.start_soon(self._live, life)
+
+    async def _create(self, makes: Sequence[Callable[[], Job]], together: bool, lives: list[Life]) -> None:
+        """All of them or none."""
+        group = Group()
+        try:
+            for make in makes:
+                life = Life(self._checked(make()), self._around, group if together else Group())
+                self._lives.insert(0, life)
+                await life.create()
+                lives.append(life)
+        except BaseException:
+            for life in lives:
+                await life.take_back()
+            raise
+        finally:
+            self._forget_gone()
+
+    def _checked(self, job: Job) -> Job:
+        self.check_id(job.id)
+        return job
+
+    async def _live(self, life: Life) -> None:
         await life.live()
         self._forget_null(life)
 
-    async def _start(self, job: Job, opened: trio.Event) -> Life:
-        self.check_id(job.id)
-        life = Life(job, self._around, opened)
-        self._lives.insert(0, life)
-        try:
-            await life.start()
-        finally:
+    def _forget_gone(self) -> None:
+        for life in list(self._lives):
             self._forget_null(life)
-        return life
 
     def _forget_null(self, life: Life) -> None:
         if life.job.status is Status.NULL:
@@ -168,7 +210,7 @@ class JobManager:
     async def finalize(self, life: Life) -> None:
         """Let a pending job take its last step; returns when it has."""
         check_verb(life.job, Verb.FINALIZE)
-        life.finalize()
+        life.group.release()
         await life.over.wait()
 
     def dismiss(self, life: Life) -> None:

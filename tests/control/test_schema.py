@@ -25,7 +25,7 @@ ACCEPTED = {
     r"transaction arg.*: no (value|case) [a-z-]+": "a subset of the peer's actions",
     r"(block-export-add arg|query-block-exports ret).*: no (value|case) [a-z-]+": "NBD alone",
     r"query-blockstats ret.*: no (value|case) [a-z0-9_-]+": "a subset of the peer's drivers",
-    r".*: additional (member|feature) x-qmpd-.*": "qmpd's own",
+    r".*: additional (member|feature|value|case) x-qmpd-.*": "qmpd's own",
     r"blockdev-create .*encrypt<luks>\.(cipher|ivgen)-[a-z-]+: is builtin, not enum": "no encrypted image is created",
     r"query-block .*\.encrypt: (the tag is None, not format|no case (aes|luks))": "encryption is named, not described",
     r"query-block ret\[\]\.inserted\.image\.format-specific.*: no (value|case) (luks|rbd|vmdk)": "formats qmpd lacks",

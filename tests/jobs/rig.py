@@ -87,6 +87,8 @@ class Rig:
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self.log: list[str] = []
+        #: The events of jobs, each with its data.
+        self.events: list[tuple[str, dict[str, Any]]] = []
         self.graph = Graph()
         self.lock = trio.Lock()
         self.bridge = Bridge(8)
@@ -94,6 +96,7 @@ class Rig:
         self.nursery = nursery
 
     def _publish(self, name: str, data: dict[str, Any]) -> None:
+        self.events.append((name, data))
         if name == "JOB_STATUS_CHANGE":
             self.log.append(str(data["status"]))
         else:
