@@ -204,6 +204,8 @@ class Driver(ABC):
     supports_backing: ClassVar[bool] = False
     #: Does the format keep internal snapshots?
     supports_snapshots: ClassVar[bool] = False
+    #: Can the guest's data be in a file of its own, which the image names?
+    supports_data_file: ClassVar[bool] = False
 
     #: Can blockdev-reopen give it other options?
     reopens: ClassVar[bool] = True
@@ -347,7 +349,7 @@ class Driver(ABC):
 
     @property
     def snapshots(self) -> Sequence[InternalSnapshot]:
-        """Those in the image, oldest first."""
+        """Those in the image, oldest first. Raises UNSUPPORTED if this one cannot have any."""
         return ()
 
     def take_snapshot(self, name: str, nanoseconds: int) -> InternalSnapshot:
@@ -360,6 +362,14 @@ class Driver(ABC):
     def delete_snapshot(self, key: str) -> None:
         """Forget the first snapshot whose id is ``key``, durably. As :meth:`take_snapshot`."""
         raise QmpdError("Operation not supported", Kind.UNSUPPORTED)
+
+    @classmethod
+    def named_data_file(cls, file: BlockDevice) -> str | None:
+        """The file beside ``file`` that keeps the data of the image in it, as its header says (untrusted), or None.
+
+        Worker thread, before the driver is opened. Raises what opening would.
+        """
+        return None
 
     # -- formats with a backing file ---------------------------------------------------------------------------------
 

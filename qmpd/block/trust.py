@@ -31,8 +31,11 @@ Identity = tuple[int, int]
 _LOOK: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_LINKS: Final = 40
 
-ADVICE: Final = "give 'backing' explicitly, or start qmpd with --trust-image-names all"
-"""What can be done where a name in an image is not followed."""
+
+def advice(slot: str = "backing") -> str:
+    """What can be done where a name in an image, of its child in ``slot``, is not followed."""
+    return f"give '{slot}' explicitly, or start qmpd with --trust-image-names all"
+
 
 #: Their "regular files" are views of the kernel and of processes, this one among them.
 _KERNEL: Final = ("/proc", "/sys")
@@ -71,16 +74,29 @@ class Trust:
             self._check_place(walk, path)
             return walk.open(flags, mode)
 
-    def open_from_image(self, path: str, flags: int, avoid: frozenset[Identity] = frozenset()) -> int:
-        """Open what an image named: a regular file that is none of ``avoid``. Raises as :data:`OpenFile`."""
+    def open_from_image(
+        self,
+        path: str,
+        flags: int,
+        avoid: frozenset[Identity] = frozenset(),
+        *,
+        slot: str = "backing",
+        writable_in: frozenset[Identity] | None = None,
+    ) -> int:
+        """Open what an image named for its child in ``slot``: a regular file that is none of ``avoid``.
+
+        With ``writable_in`` it is opened for writing only in, or below, one of these directories, unless the operator
+        has said which directories are allowed. Raises as :data:`OpenFile`.
+        """
         with _Walk(path) as walk:
             self._check_place(walk, path)
             status = walk.status()
             if not self.image_names:
-                if not stat.S_ISREG(status.st_mode):
-                    raise QmpdError(f"a name found in an image must lead to a regular file; {ADVICE}", path=path)
-                if walk.passed(_kernel()):
-                    raise QmpdError(f"a name found in an image must not lead into /proc or /sys; {ADVICE}", path=path)
+                why = _distrust(walk, status)
+                if not why and not self.identities and writable_in is not None and _writes(flags):
+                    why = "" if walk.passed(writable_in) else "must not lead out of the image's directory to be written"
+                if why:
+                    raise QmpdError(f"a name found in an image {why}; {advice(slot)}", path=path)
             if (status.st_dev, status.st_ino) in avoid:
                 raise QmpdError("the file is in this backing chain already", path=path)
             return walk.open(flags & ~os.O_CREAT)
@@ -96,6 +112,17 @@ def identity(fd: int) -> Identity:
     """Of an open file."""
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
+
+
+def _distrust(walk: _Walk, status: os.stat_result) -> str:
+    """What rule forbids to follow a name found in an image, whatever for; '' if none does."""
+    if not stat.S_ISREG(status.st_mode):
+        return "must lead to a regular file"
+    return "must not lead into /proc or /sys" if walk.passed(_kernel()) else ""
+
+
+def _writes(flags: int) -> bool:
+    return flags & os.O_ACCMODE != os.O_RDONLY
 
 
 class _Walk:

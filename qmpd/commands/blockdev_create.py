@@ -103,13 +103,14 @@ def _make_job(ctx: Context, args: BlockdevCreate) -> CreateJob:
     assert isinstance(options, BlockdevCreateOptionsQcow2)
     file = to_child(options.file)
     assert file is not None
-    return CreateQcow2(args.job_id, ctx.graph, file, _qcow2_options(options))
+    data_file = None if options.data_file is None else to_child(options.data_file)
+    return CreateQcow2(args.job_id, ctx.graph, file, _qcow2_options(options), data_file)
 
 
 #: Members that CreateOptions has by the same name.
 _SAME = (
     *("version", "cluster_size", "refcount_bits", "preallocation", "lazy_refcounts", "extended_l2"),
-    *("compression_type", "backing_file", "backing_fmt", "data_file", "data_file_raw", "encrypt"),
+    *("compression_type", "backing_file", "backing_fmt", "data_file_raw", "encrypt"),
 )
 
 

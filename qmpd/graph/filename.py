@@ -199,6 +199,17 @@ def full_backing_filename(node: Node, reference: BackingReference) -> str:
     return reference.filename if path is None else combine(path, reference.filename)
 
 
+def resolve_data_file(node: Node, name: str) -> str:
+    """The header's data file from the image's directory: a path, whatever it looks like."""
+    if name.startswith("/"):
+        return name
+    image = image_path(node)
+    if image is None:
+        raise QmpdError(f"Cannot use relative data file names for '{filename_of(node)}'", node=node.name)
+    directory, slash, _ = image.rpartition("/")
+    return directory + slash + name
+
+
 def resolve_backing(node: Node, reference: BackingReference) -> str:
     """As :func:`full_backing_filename`, raising where there is no directory to resolve against."""
     name = reference.filename

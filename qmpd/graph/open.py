@@ -10,8 +10,10 @@ What an image header says is not trusted (spec/block-graph.md section 9), unless
 file is opened from the header only if its name is a plain path (resolved against the image's directory), its format is
 given as raw or qcow2, the file is one that :mod:`qmpd.block.trust` lets images name and not in the chain already, and
 the chain is not absurdly deep. Formats are not guessed: a guest chooses what the first bytes of its raw disk are.
-Naming ``backing`` in the description overrides all of this; the header is not looked at then. Data files are never
-opened from a header.
+Naming ``backing`` in the description overrides all of this; the header is not looked at then.
+
+A data file is opened from the header in the same way, but its name is never anything else than a path, and since the
+guest writes to it, it must be in the image's directory or below, unless the operator says otherwise.
 """
 
 from __future__ import annotations
@@ -114,6 +116,10 @@ class _Place:
     names: tuple[str, ...] = ()
     #: Every file of the chain above.
     above: frozenset[Identity] = frozenset()
+    #: What the last of the names is for.
+    slot: str = "backing"
+    #: Of a data file that a header names: the directories where it may be written.
+    writable_in: frozenset[Identity] | None = None
 
     @property
     def parent_spec(self) -> NodeSpec | None:
@@ -128,13 +134,29 @@ class _Place:
         if not self.names:
             return trusted.open
 
-        def open_file(path: str, flags: int, mode: int) -> int:
-            try:
-                return trusted.open_from_image(path, flags, self.above)
-            except QmpdError as error:
-                raise error.prefixed(_way(self.names)) from None
+        return _OpenNamed(trusted, self)
 
-        return open_file
+
+@dataclass(frozen=True, slots=True)
+class _OpenNamed:
+    """Opens what a header names; see :data:`OpenFile`."""
+
+    trusted: Trust
+    place: _Place
+
+    @property
+    def rechecks(self) -> bool:
+        """Must it be asked again when a file that is open is to be written?"""
+        return self.place.writable_in is not None
+
+    def __call__(self, path: str, flags: int, mode: int) -> int:
+        place = self.place
+        try:
+            return self.trusted.open_from_image(
+                path, flags, place.above, slot=place.slot, writable_in=place.writable_in
+            )
+        except QmpdError as error:
+            raise error.prefixed(_way(place.names)) from None
 
 
 class _Opener:
@@ -156,6 +178,8 @@ class _Opener:
         self._register(node, effective)
         late = yield from self._children(spec, lambda slot: slot not in ("file", "backing"), place.below(node))
         self._attach(node, early | late)
+        if driver_class.supports_data_file:
+            yield from self._open_data_file(node, driver_class, place)
         yield from self._open_driver(node, driver_class, place)
         if driver_class.supports_backing:
             yield from self._open_backing(node, place)
@@ -203,6 +227,28 @@ class _Opener:
                 edit.refresh(node)
         bottom.hold(self.graph, node)
 
+    def _open_data_file(self, node: Node, driver_class: type[Driver], place: _Place) -> Steps[None]:
+        """The data file that the header names, unless the description has named one."""
+        file = node.children.get("file")
+        if file is None or "data-file" in node.children:
+            return
+        name = yield partial(driver_class.named_data_file, file.device)
+        if name is None:
+            return
+        path = filename.resolve_data_file(node, name)
+        driver = (yield partial(_probe, self.graph.trust, path))[0] if self.graph.trust.image_names else "file"
+        below = replace(
+            place.below(node),
+            names=(*(place.names or (filename.image_path(node) or node.name,)), name),
+            above=place.above | (yield partial(_identities, node)),
+            slot="data-file",
+            writable_in=(yield partial(_directory, filename.image_location(node))),
+        )
+        child = yield from self.open(NodeSpec(driver, options={"filename": path}), below)
+        with self.graph.edit() as edit:
+            edit.attach(node, "data-file", child, child_role(node.driver_name, "data-file", {}))
+            edit.set_role(file, child_role(node.driver_name, "file", {}, data_file=True))
+
     def _open_backing(self, node: Node, place: _Place) -> Steps[None]:
         described = "backing" in node.spec.children
         child: NodeSpec | str | None = node.spec.children.get("backing")
@@ -234,7 +280,7 @@ class _Opener:
                 spec = backing_spec(node, reference)
         except QmpdError as error:
             raise error.prefixed(_way(names)) from None
-        below = replace(place.below(node, backing=True), names=names, above=above)
+        below = replace(place.below(node, backing=True), names=names, above=above, slot="backing", writable_in=None)
         return (yield from self.open(spec, below))
 
     def _trusted_spec(self, node: Node, reference: BackingReference) -> Steps[NodeSpec]:
@@ -294,9 +340,9 @@ def backing_spec(node: Node, reference: BackingReference) -> NodeSpec:
     """The description of what the header of ``node`` names. Raises where the header is not followed."""
     name = reference.filename
     if name.startswith("json:") or filename.has_protocol(name):
-        raise QmpdError(f"a name found in an image must be a plain path; {trust.ADVICE}")
+        raise QmpdError(f"a name found in an image must be a plain path; {trust.advice()}")
     if reference.format is None:
-        raise QmpdError(f"the image names no format for it, and formats are not guessed; {trust.ADVICE}")
+        raise QmpdError(f"the image names no format for it, and formats are not guessed; {trust.advice()}")
     if reference.format not in ("qcow2", "raw"):
         raise QmpdError(f"format '{reference.format}' is not supported", Kind.UNSUPPORTED)
     file = NodeSpec("file", options={"filename": filename.resolve_backing(node, reference)})
@@ -332,6 +378,17 @@ def _probe(trusted: Trust, path: str) -> tuple[str, str]:
         raise from_oserror(error, f"Could not read '{path}': {error.strerror}", path=path) from None
     finally:
         os.close(fd)
+
+
+def _directory(location: str | None) -> frozenset[Identity]:
+    """Of the file at ``location``, if there is one. Worker thread."""
+    if location is None:
+        return frozenset()
+    try:
+        status = os.stat(os.path.dirname(location) or ".")
+    except OSError:
+        return frozenset()
+    return frozenset({(status.st_dev, status.st_ino)})
 
 
 def _identities(node: Node) -> frozenset[Identity]:

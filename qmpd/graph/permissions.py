@@ -77,6 +77,12 @@ def _by_role(node: Node, role: Role, perm: Perm, shared: Perm) -> Granted:
     return _storage(node, role, perm, shared)
 
 
+def _qcow2(node: Node, role: Role, perm: Perm, shared: Perm) -> Granted:
+    if role == Role.DATA and perm & R:
+        perm |= W  # where the disk ends, a data file may have to be zeroed
+    return _by_role(node, role, perm, shared)
+
+
 def _raw(node: Node, role: Role, perm: Perm, shared: Perm) -> Granted:
     asked, shared_below = _by_role(node, role, perm, shared)
     return asked & ~(W | R) | perm & (W | R), shared_below
@@ -116,6 +122,7 @@ _Rule = Callable[[Node, Role, Perm, Perm], Granted]
 
 #: Drivers that differ from the rule of their child's role.
 _RULES: Mapping[str, _Rule] = {
+    "qcow2": _qcow2,
     "raw": _raw,
     "copy-on-read": _copy_on_read,
     "blkdebug": _blkdebug,

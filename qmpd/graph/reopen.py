@@ -98,6 +98,8 @@ class _Reopening:
         if isinstance(child, NodeSpec):
             _check_same(node, slot, edge, child)
         elif child is None or child == "":
+            if edge is not None and slot == "data-file":
+                raise _unchangeable(node, slot)
             if edge is not None:
                 self._check_replaceable(edge)
                 self.edit.detach(edge)
@@ -142,7 +144,8 @@ class _Reopening:
         self.effective[node] = spec
         self.edit.set_attribute(node, "explicit", given.explicit)
         for edge in node.children.values():
-            self.edit.set_role(edge, child_role(node.driver_name, edge.name, spec.options))
+            external = "data-file" in node.children
+            self.edit.set_role(edge, child_role(node.driver_name, edge.name, spec.options, data_file=external))
         self.edit.reopen(node, spec, driver_options(self.graph, spec))
 
     def _take_along(self, node: Node) -> None:

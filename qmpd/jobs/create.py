@@ -8,17 +8,20 @@ it finds for the body. Source: spec/toolbox.md section 1.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import ClassVar
 
 from qmpd.block.api import Perm, Role
 from qmpd.block.drivers.qcow2.create import CreateOptions, check, create
 from qmpd.block.storage.create import create_file
 from qmpd.errors import QmpdError
-from qmpd.graph.edit import Graph
+from qmpd.graph import filename
+from qmpd.graph.edit import Edit, Graph
 from qmpd.graph.node import Backend, Edge, Node
 from qmpd.graph.open import close_node, open_tree
 from qmpd.graph.spec import NodeSpec
 from qmpd.jobs.cell import Cell, Rest
+from qmpd.jobs.header import name_seen_from
 from qmpd.jobs.job import Body, Job, nothing
 from qmpd.steps import Steps
 
@@ -75,34 +78,66 @@ class CreateFile(CreateJob):
 
 
 class CreateQcow2(CreateJob):
-    """An empty qcow2 image in a node: an existing one by name, or one opened for the job and closed again."""
+    """An empty qcow2 image in a node, and perhaps a data file in another.
 
-    def __init__(self, job_id: str, graph: Graph, file: NodeSpec | str, options: CreateOptions) -> None:
+    They are existing ones by name, or opened for the job and closed again.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        graph: Graph,
+        file: NodeSpec | str,
+        options: CreateOptions,
+        data_file: NodeSpec | str | None = None,
+    ) -> None:
         super().__init__(job_id)
         self._graph = graph
         self._file = file
-        self._options = options
-        self._edge: Edge | None = None
+        self._data_file = data_file
+        self._options = options if data_file is None else replace(options, data_file="")
+        self._edges: list[Edge] = []
         #: Opened for this job, so to be closed with it.
-        self._own: Node | None = None
+        self._own: list[Node] = []
 
     def reserve(self) -> Steps[None]:
-        if isinstance(self._file, str):
-            node = self._graph.get(self._file, self._file)
-        else:
-            node = self._own = yield from open_tree(self._graph, self._file)
+        node = yield from self._find(self._file)
         check(self._options)
+        nodes = [node]
+        if self._data_file is not None:
+            data = yield from self._find(self._data_file)
+            self._options = replace(self._options, data_file=_data_name(node, data))
+            nodes.append(data)
         with self._graph.edit() as edit:
-            edge = edit.attach(Backend(), "root", node, Role.NONE, perm=Perm.WRITE | Perm.RESIZE)
-        self._edge = edge  # not before the edit has happened: clean() takes it away
+            edges = [self._hold(edit, node) for node in nodes]
+        self._edges = edges  # not before the edit has happened: clean() takes them away
+
+    def _find(self, wanted: NodeSpec | str) -> Steps[Node]:
+        if isinstance(wanted, str):
+            return self._graph.get(wanted, wanted)
+        node = yield from open_tree(self._graph, wanted)
+        self._own.append(node)
+        return node
+
+    @staticmethod
+    def _hold(edit: Edit, node: Node) -> Edge:
+        return edit.attach(Backend(), "root", node, Role.NONE, perm=Perm.WRITE | Perm.RESIZE)
 
     def make(self) -> None:
-        assert self._edge is not None
-        create(self._edge.device, self._options)
+        file, *data = (edge.device for edge in self._edges)
+        create(file, self._options, *data)
 
     def clean(self) -> Steps[None]:
-        if self._edge is not None:
-            with self._graph.edit() as edit:
-                edit.detach(self._edge)
-        if self._own is not None:
-            yield from close_node(self._graph, self._own)
+        with self._graph.edit() as edit:
+            for edge in self._edges:
+                edit.detach(edge)
+        for node in self._own:
+            yield from close_node(self._graph, node)
+
+
+def _data_name(file: Node, data: Node) -> str:
+    """What the header in ``file`` is to say of its data file; '' for one that no path leads to."""
+    location = filename.image_location(data)
+    if location is None or data.filename != filename.image_path(data):
+        return ""
+    return name_seen_from(filename.image_location(file), data.filename, location)

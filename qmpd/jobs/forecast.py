@@ -129,7 +129,7 @@ def forecast(graph: Graph, plan: CommitPlan) -> Steps[Forecast]:
 def _look(found: Forecast, work: _Work, images: Sequence[tuple[Node, FileStorage | None]]) -> None:
     """Worker thread."""
     found.images = [_facts(node, storage) for node, storage in images]
-    base = _storage(work.plan.base)
+    base = _storage(chain.skip_filters(work.plan.base), data=True)
     try:
         found.copy = work.measure()
         found.growth = work.growth()
@@ -186,9 +186,12 @@ class _Work:
         self._rehearse(rehearsal.driver)
         added = rehearsal.inventory().since(before)
         size = base.placement_unit or base.info().cluster_size or 0
+        data, grown = added.data_clusters * size, added.length
+        if rehearsal.data is not None:  # as far as it has no data there yet
+            data, grown = sum(_filling(base, runs) for runs in self.windows()), grown + rehearsal.data_growth
         return Growth(
-            file_size=added.length,
-            data=added.data_clusters * size,
+            file_size=grown,
+            data=data,
             cluster_size=size,
             clusters=added.file_clusters,
             data_clusters=added.data_clusters,
@@ -273,14 +276,16 @@ def _filling(base: Driver, runs: ChainRuns) -> int:
 # -- files: worker thread ----------------------------------------------------------------------------------------------
 
 
-def _storage(node: Node) -> FileStorage | None:
-    """The file that holds the node's bytes, if there is one."""
-    for below in node.subtree():
-        edge = below.primary_edge
-        if isinstance(below.driver, FileStorage):
-            return below.driver
-        if edge is None:
-            return None
+def _storage(node: Node, *, data: bool = False) -> FileStorage | None:
+    """The file that holds the node's image, if there is one; with ``data``, that of the guest's data."""
+    if data and "data-file" in node.children:
+        return _storage(node.children["data-file"].node)
+    current: Node | None = node
+    while current is not None:
+        if isinstance(current.driver, FileStorage):
+            return current.driver
+        edge = current.primary_edge
+        current = edge.node if edge else None
     return None
 
 

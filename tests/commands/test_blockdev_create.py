@@ -88,6 +88,66 @@ def check(name: str) -> None:
     subprocess.run(["qemu-img", "check", "-q", name], check=True)
 
 
+# -- data files --------------------------------------------------------------------------------------------------------
+
+
+async def test_an_image_with_a_data_file(daemon: Daemon) -> None:
+    """The header names it as seen from the image; the new node finds it there and says so."""
+    Path("d").mkdir()
+    Path("d/data.raw").touch()
+    data = {"driver": "file", "filename": "d/data.raw"}
+    assert await daemon.create_qcow2("d/a.qcow2", size=MIB, **{"data-file": data}) is None
+    assert info("d/a.qcow2")["format-specific"]["data"]["data-file"] == "data.raw"
+    assert Path("d/data.raw").stat().st_size == MIB
+
+    file = {"driver": "file", "filename": "d/a.qcow2", "node-name": "file"}
+    await daemon.call("blockdev-add", driver="qcow2", node_name="a", file=file)
+
+    nodes = {node["node-name"]: node for node in await daemon.call("query-named-block-nodes", flat=True)}
+    specific = nodes["a"]["image"]["format-specific"]["data"]
+    assert (specific["data-file"], specific["data-file-raw"]) == ("data.raw", False)
+    found = await daemon.call("x-debug-query-block-graph")
+    names = {node["id"]: node["name"] for node in found["nodes"]}
+    edges = {(names[edge["parent"]], edge["name"]): edge for edge in found["edges"]}
+    assert edges["a", "data-file"]["perm"] == []
+    assert set(edges["a", "data-file"]["shared-perm"]) == {"consistent-read", "write", "write-unchanged"}
+    assert set(edges["a", "file"]["shared-perm"]) == {"consistent-read", "write-unchanged"}
+
+
+async def test_a_raw_data_file_in_nodes(daemon: Daemon) -> None:
+    """By reference; what it holds is the disk. It can be made smaller and larger, and not be exchanged."""
+    Path("data.raw").write_bytes(b"x" * MIB)
+    await daemon.call("blockdev-add", driver="file", node_name="data", filename="data.raw")
+    more = {"data-file": "data", "data-file-raw": True}
+    assert await daemon.create_qcow2(size=MIB, **more) is None
+    assert Path("data.raw").read_bytes() == b"x" * MIB
+    file = {"driver": "file", "filename": "a.qcow2"}
+    described = {"driver": "qcow2", "node-name": "a", "file": file, "data-file": "data"}
+    await daemon.call("blockdev-add", **described)
+    for size in (MIB // 2, 2 * MIB):
+        await daemon.call("block_resize", node_name="a", size=size)
+    assert Path("data.raw").read_bytes() == b"x" * (MIB // 2) + bytes(MIB + MIB // 2)
+
+    await daemon.call("blockdev-reopen", options=[described])
+    await daemon.call("blockdev-reopen", options=[{"driver": "qcow2", "node-name": "a", "file": file}])
+    await daemon.call("blockdev-add", driver="null-co", node_name="other")
+    for other in ("other", ""):
+        with pytest.raises(QmpdError, match=r"^Cannot change the option 'data-file'$"):
+            await daemon.call("blockdev-reopen", options=[described | {"data-file": other}])
+    await daemon.call("blockdev-del", node_name="a")
+    check("a.qcow2")
+
+
+async def test_data_files_that_cannot_be_had(daemon: Daemon) -> None:
+    """Unknown, or too small to hold the disk."""
+    said = await daemon.create_qcow2(size=MIB, **{"data-file": "nope"})
+    assert said == "Cannot find device='nope' nor node-name='nope'"
+    small = {"driver": "null-co", "size": 512}
+    said = await daemon.create_qcow2(size=MIB, **{"data-file": small})
+    assert said == "Could not resize image: Cannot grow device files"
+    assert daemon.graph.nodes == []
+
+
 # -- file --------------------------------------------------------------------------------------------------------------
 
 

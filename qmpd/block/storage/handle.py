@@ -55,6 +55,8 @@ class FileHandle:
         self.path = path
         self.flags = flags
         self._mode = flags.mode(Perm.NONE)
+        #: What says by name whether the file may be written too, for files that may perhaps only be read.
+        self._recheck = open_file if getattr(open_file, "rechecks", False) else None
         try:
             self.fd = open_file(path, self._mode, 0)
         except OSError as error:
@@ -175,6 +177,8 @@ class FileHandle:
 
     def _open_again(self, mode: int) -> int:
         """Another description of the file that is open, even if its path leads elsewhere by now."""
+        if self._recheck is not None and mode & os.O_ACCMODE != os.O_RDONLY:
+            os.close(self._recheck(self.path, mode, 0))
         try:
             return os.open(f"/proc/self/fd/{self.fd}", mode)
         except FileNotFoundError:

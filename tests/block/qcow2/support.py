@@ -112,11 +112,18 @@ def one_by_one(call: Callable[[int, memoryview], None], batch: Batch) -> list[in
     return failed
 
 
-def new_image(file: BlockDevice | None = None, *, size: int, **options: Any) -> tuple[Any, Qcow2]:
-    """A fresh image, open for writing."""
+def new_image(
+    file: BlockDevice | None = None, *, size: int, data: BlockDevice | None = None, **options: Any
+) -> tuple[Any, Qcow2]:
+    """A fresh image, open for writing. With ``data`` that is its data file."""
     file = MemoryFile() if file is None else file
-    create(file, CreateOptions(size, **options))
-    return file, Qcow2.open({"file": file}, {}, read_only=False)
+    create(file, CreateOptions(size, **options), data)
+    return file, Qcow2.open(children(file, data), {}, read_only=False)
+
+
+def children(file: BlockDevice, data: BlockDevice | None) -> dict[str, BlockDevice]:
+    """What an image is opened over."""
+    return {"file": file} if data is None else {"file": file, "data-file": data}
 
 
 @contextmanager

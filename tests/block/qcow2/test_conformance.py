@@ -12,16 +12,18 @@ from qmpd.block.contract import Checked
 from qmpd.block.drivers.qcow2 import CreateOptions, Qcow2, create
 from qmpd.block.storage.file import FileStorage
 from tests.block.conformance import Conformance, checked, read
+from tests.block.qcow2.support import children
 
 
 class OwningQcow2(Qcow2):
-    """Closes its file with itself, since no graph does."""
+    """Closes its files with itself, since no graph does."""
 
-    owned: FileStorage
+    owned: list[FileStorage]
 
     def close(self) -> None:
         super().close()
-        self.owned.close()
+        for file in self.owned:
+            file.close()
 
 
 class TestConformance(Conformance):
@@ -44,9 +46,17 @@ class TestConformance(Conformance):
         path = directory / "image.qcow2"
         path.touch()
         file = FileStorage.open({}, {"filename": str(path)}, read_only=False)
-        create(checked(file), CreateOptions(length, **self.options))
+        self.fill(checked(file), directory, CreateOptions(length, **self.options))
         file.close()
         return self.opened(directory)
+
+    def fill(self, file: Checked, directory: Path, options: CreateOptions) -> None:
+        """Make the image."""
+        create(file, options)
+
+    def data_file(self, directory: Path) -> FileStorage | None:
+        """What the image keeps its data in, if not in itself."""
+        return None
 
     def reopen(self, directory: Path, driver: Driver) -> Driver:
         driver.close()
@@ -54,8 +64,10 @@ class TestConformance(Conformance):
 
     def opened(self, directory: Path) -> Driver:
         file = FileStorage.open({}, {"filename": str(directory / "image.qcow2")}, read_only=False)
-        image = OwningQcow2.open({"file": checked(file)}, {}, read_only=False)
-        image.owned = file
+        data = self.data_file(directory)
+        below = children(checked(file), data and checked(data))
+        image = OwningQcow2.open(below, {}, read_only=False)
+        image.owned = [file] if data is None else [file, data]
         return image
 
 
@@ -75,3 +87,53 @@ class TestVersion2(TestConformance):
     """No zero flag."""
 
     options = {"version": "v2"}
+
+
+class TestDataFile(TestConformance):
+    """The guest's data in a file that holds something else at first."""
+
+    options = {"data_file": "data"}
+
+    def fill(self, file: Checked, directory: Path, options: CreateOptions) -> None:
+        (directory / "data").write_bytes(b"" if options.data_file_raw else b"\xee" * (8 << 20))
+        data = self.data_file(directory)
+        create(file, options, checked(data))
+        data.close()
+
+    def data_file(self, directory: Path) -> FileStorage:
+        return FileStorage.open({}, {"filename": str(directory / "data")}, read_only=False)
+
+
+class TestDataFileOfSmallClusters(TestDataFile):
+    """Many tables."""
+
+    options = {"cluster_size": 512, "data_file": "data"}
+
+
+class TestExtendedDataFile(TestDataFile):
+    """Sub-clusters."""
+
+    options = {"extended_l2": True, "data_file": "data"}
+
+
+class TestRawDataFile(TestDataFile):
+    """A data file that is a raw image by itself; nothing in it can be left unpublished."""
+
+    options = {"data_file": "data", "data_file_raw": True}
+
+    def test_place_given_up_changes_nothing(self, device: Checked) -> None:
+        """All clusters are the image's own: what was put there stays, as after a write that failed half way."""
+        unit = device.placement_unit
+        assert unit is not None
+        with pytest.raises(RuntimeError, match="no more"), device.place(0, 2 * unit):
+            raise RuntimeError("no more")
+        device.write(unit, b"still")
+        assert read(device, unit - 1, 6) == b"\0still"
+
+    def test_the_data_file_is_the_disk(self, device: Checked, tmp_path: Path) -> None:
+        """Byte for byte, whatever was done."""
+        device.write(70_000, b"data" * 50_000)
+        device.write_zeroes(131_072, 65_536)
+        device.discard(196_608, 65_536)
+        device.flush()
+        assert (tmp_path / "data").read_bytes() == read(device, 0, device.length)

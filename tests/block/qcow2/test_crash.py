@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qmpd.block.drivers.qcow2 import CreateOptions, Qcow2, create
 from qmpd.errors import QmpdError
-from tests.block.qcow2.support import MemoryFile, check_clean, read
+from tests.block.qcow2.support import MemoryFile, check_clean, children, read
 from tests.tools import need
 
 LAYOUTS: list[dict[str, Any]] = [
@@ -21,6 +21,8 @@ LAYOUTS: list[dict[str, Any]] = [
     {"cluster_size": 512, "version": "v2"},
     {"cluster_size": 4096},
     {"cluster_size": 16384, "extended_l2": True},
+    {"cluster_size": 512, "data_file": "data"},
+    {"cluster_size": 4096, "data_file": "data", "data_file_raw": True},
 ]
 KINDS = ("write", "write", "write", "zero", "discard", "grow", "flush", "place")
 
@@ -44,11 +46,15 @@ class Doomed(MemoryFile):
         super().__init__(content, journal=journal)
         #: The moments right before a flush that had something to do: the worst times for a power cut.
         self.fullest: list[int] = []
+        #: The file whose moments count: of an image with a data file, the image file.
+        self.leader = self
+        #: The data file, if there is one.
+        self.data: Doomed | None = None
 
     def _live(self) -> None:
-        if self.moments >= self.end:
+        if self.leader.moments >= self.leader.end:
             raise PowerCutError
-        self.moments += 1
+        self.leader.moments += 1
 
     def write(self, offset: int, data: Any) -> None:
         self._live()
@@ -56,7 +62,7 @@ class Doomed(MemoryFile):
 
     def flush(self) -> None:
         if self.pending:
-            self.fullest.append(self.moments)
+            self.leader.fullest.append(self.leader.moments)
         self._live()
         super().flush()
 
@@ -99,8 +105,11 @@ def run_until(
     """A new image, changed until its file has seen ``end`` writes and flushes."""
     unit = layout["cluster_size"]
     file = Doomed(journal=True)
-    create(file, CreateOptions(10 * unit, **layout))
-    image = Qcow2.open({"file": file}, {"l2-cache-size": 2 * unit}, read_only=False)
+    if "data_file" in layout:
+        file.data = Doomed(b"" if "data_file_raw" in layout else b"\xee" * 5 * unit, journal=True)
+        file.data.leader = file
+    create(file, CreateOptions(10 * unit, **layout), file.data)
+    image = Qcow2.open(children(file, file.data), {"l2-cache-size": 2 * unit}, read_only=False)
     file.moments, file.end, file.fullest = 0, end, []
     return file, states_of(image, file, operations, unit)
 
@@ -115,7 +124,7 @@ def request(image: Qcow2, file: Doomed, kind: str, offset: int, end: int, fill: 
     else:
         with image.place(offset, end - offset) as runs:
             for run in runs:
-                file.write(run.host, bytes([fill]) * run.length)
+                (file.data or file).write(run.host, bytes([fill]) * run.length)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda d: "-".join(str(v) for v in d.values()))
@@ -128,6 +137,8 @@ def test_a_power_cut_never_damages_an_image(
     one or one written since."""
     need("qemu-img")
     random = Random(seed)
+    if "data_file" in layout:
+        layout = layout | {"data_file": str(tmp_path / "data")}
     operations = [*operations, ("flush", 0.0, 0.0, 1)]
     file, _ = run_until(1 << 60, layout, operations)
     end = random.choice(file.fullest) if random.random() < 0.8 and file.fullest else int(moment * file.moments)
@@ -136,22 +147,33 @@ def test_a_power_cut_never_damages_an_image(
     for _ in range(4):
         path = tmp_path / "image.qcow2"
         path.write_bytes(file.after_crash(iter(lambda: random.random() < odds, None)))
+        data = None
+        if file.data is not None:
+            data = MemoryFile(file.data.after_crash(iter(lambda: random.random() < odds, None)))
+            (tmp_path / "data").write_bytes(data.content)
         check_clean(path, leaks=True)
-        check_content(path.read_bytes(), states)
+        if data is not None and "data_file_raw" in layout:
+            check_bytes(bytes(data.content), states)
+        check_content(path.read_bytes(), states, data)
 
 
-def check_content(raw: bytes, states: list[bytes]) -> None:
+def check_content(raw: bytes, states: list[bytes], data: MemoryFile | None = None) -> None:
     """Every byte is that of some state, and the image can be written."""
-    found = Qcow2.open({"file": MemoryFile(raw)}, {}, read_only=False)
+    found = Qcow2.open(children(MemoryFile(raw), data), {}, read_only=False)
     assert found.length in {len(state) for state in states}
-    content = np.frombuffer(read(found, 0, found.length), np.uint8)
+    check_bytes(read(found, 0, found.length), states)
+    found.write(0, b"still writable")
+    found.close()
+
+
+def check_bytes(seen: bytes, states: list[bytes]) -> None:
+    """Every byte is that of some state."""
+    content = np.frombuffer(seen, np.uint8)
     known = np.zeros(len(content), np.bool_)
     for state in states:
         padded = state[: len(content)].ljust(len(content), b"\0")
         known |= content == np.frombuffer(padded, np.uint8)
     assert known.all(), f"byte {int((~known).argmax())} is neither old nor new"
-    found.write(0, b"still writable")
-    found.close()
 
 
 def test_an_image_whose_header_could_not_be_written_takes_no_more_writes() -> None:

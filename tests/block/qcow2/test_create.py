@@ -55,7 +55,6 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         {"version": "v2", "data_file": "d"},
         f"External data files are only supported with compatibility level 1.1 and above {V3}",
     ),
-    ({"data_file": "d"}, "External data files are not supported"),
     (
         {"version": "v2", "compression_type": "zstd"},
         f"Non-zlib compression type is only supported with compatibility level 1.1 and above {V3}",
@@ -150,7 +149,6 @@ def test_info_speaks_of_the_options() -> None:
     ("options", "text"),
     [
         ({"l2-cache-entry-size": 1000}, "L2 cache entry size must be a power of two between 512 and the cluster size"),
-        ({"data-file": "d"}, "'data-file' can only be set for images with an external data file"),
         ({"encrypt": {"format": "luks"}}, "No encryption in image header, but options specified format 'luks'"),
         ({"cache-size": 1, "l2-cache-size": 2}, "l2-cache-size may not exceed cache-size"),
     ],

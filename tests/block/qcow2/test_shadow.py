@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qmpd.block.api import BackingReference
 from qmpd.block.drivers.qcow2 import Qcow2
 from qmpd.block.extents import RunKind
-from tests.block.qcow2.support import MemoryFile, check_clean, new_image, read
+from tests.block.qcow2.support import MemoryFile, check_clean, children, new_image, read
 from tests.tools import need
 
 LAYOUTS: list[dict[str, Any]] = [
@@ -24,6 +24,11 @@ LAYOUTS: list[dict[str, Any]] = [
     {"cluster_size": 16384, "extended_l2": True},
     {"cluster_size": 65536, "extended_l2": True},
     {"cluster_size": 2 << 20},
+    {"cluster_size": 512, "data_file": "data"},
+    {"cluster_size": 65536, "data_file": "data"},
+    {"cluster_size": 4096, "data_file": "data", "data_file_raw": True},
+    {"cluster_size": 16384, "extended_l2": True, "data_file": "data"},
+    {"cluster_size": 16384, "extended_l2": True, "data_file": "data", "data_file_raw": True},
 ]
 KINDS = ("write", "write", "write", "zero", "zero-keep", "discard", "place", "resize", "flush", "reopen", "swap-name")
 
@@ -39,9 +44,14 @@ class Shadow:
         self.unit = layout["cluster_size"]
         self.limit = 24 * self.unit
         size = 10 * self.unit // 512 * 512
+        self.raw = bool(layout.get("data_file_raw"))
+        if self.raw:
+            below = None  # the data file says it all
         self.below = MemoryFile(below) if below is not None else None
         extra = {"backing_file": "below.raw", "backing_fmt": "raw"} if below is not None else {}
-        self.file, self.image = new_image(size=size, **layout, **extra)
+        # What a data file has before is never seen.
+        self.data = MemoryFile(b"" if self.raw else b"\xee" * 30 * self.unit) if "data_file" in layout else None
+        self.file, self.image = new_image(size=size, data=self.data, **layout, **extra)
         self.image.attach("backing", self.below)
         self.bytes = bytearray((below or b"")[:size].ljust(size, b"\0"))
 
@@ -53,7 +63,8 @@ class Shadow:
         length = min(size - offset, 1 + int(much * much * 6 * self.unit))
         if kind == "reopen":
             self.image.close()
-            self.image = Qcow2.open({"file": self.file}, {"l2-cache-size": 4 * self.unit}, read_only=False)
+            below = children(self.file, self.data)
+            self.image = Qcow2.open(below, {"l2-cache-size": 4 * self.unit}, read_only=False)
             self.image.attach("backing", self.below)
         elif kind == "flush":
             self.image.flush()
@@ -95,13 +106,15 @@ class Shadow:
             assert (runs.start, runs.end) == (offset, end)
             for run in runs:
                 assert run.kind == RunKind.DATA
-                self.file.write(run.host, bytes([fill]) * run.length)
+                (self.data or self.file).write(run.host, bytes([fill]) * run.length)
         self.bytes[offset:end] = bytes([fill]) * (end - offset)
 
     def verify(self) -> None:
         assert self.image.length == len(self.bytes)
         if self.bytes:
             assert read(self.image, 0, len(self.bytes)) == self.bytes
+        if self.raw and self.data is not None:
+            assert self.data.content == self.bytes
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda d: "-".join(str(v) for v in d.values()))
@@ -113,6 +126,8 @@ def test_any_sequence_of_requests_leaves_a_clean_image_with_the_right_bytes(
     """Reads agree with the shadow all along, and qemu-img check finds neither errors nor leaks at the end."""
     need("qemu-img")
     below = bytes(range(1, 256)) * (7 * layout["cluster_size"] // 255) if overlay else None
+    if "data_file" in layout:
+        layout = layout | {"data_file": str(tmp_path / "data")}
     shadow = Shadow(layout, below)
     for operation in operations:
         shadow.apply(*operation)
@@ -120,5 +135,7 @@ def test_any_sequence_of_requests_leaves_a_clean_image_with_the_right_bytes(
     shadow.image.close()
     path = tmp_path / "image.qcow2"
     path.write_bytes(shadow.file.content)
+    if shadow.data is not None:
+        (tmp_path / "data").write_bytes(shadow.data.content)
     (tmp_path / "below.raw").write_bytes(below or b"")
     check_clean(path)

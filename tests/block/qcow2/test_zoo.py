@@ -14,15 +14,13 @@ import pytest
 from qmpd.block.drivers.qcow2 import Qcow2
 from qmpd.block.storage.file import FileStorage
 from qmpd.errors import Kind, QmpdError
-from tests.block.qcow2.support import check_clean, read, run
+from tests.block.qcow2.support import check_clean, children, read, run
 from tests.fixtures import mkimages
 from tests.tools import need
 
 #: Where qmpd refuses what QEMU opens, and why it says so.
 REFUSED = {
-    "datafile": "External data files are not supported (data file 'ext.raw')",
-    "bad-datafile-map": "External data files are not supported (data file 'ext.raw')",
-    "bad-datafile-json": 'External data files are not supported (data file \'json:{"driver":"null-co"}\')',
+    "bad-datafile-json": "'data-file' is required for this image",
     "bad-datafile-none": "'data-file' is required for this image",
     "bad-datafile-raw": "data-file-raw requires a data file",
 }
@@ -59,6 +57,7 @@ UNWRITABLE = {
     "bad-comp-garbage": "Preventing invalid free of metadata .overlaps with active L2 table",
     "bad-extl2-both": "Invalid cluster entry found",
     "bad-extl2-alloc": "Invalid cluster entry found",
+    "bad-datafile-map": "External data file host cluster offset 0x50000 does not match guest cluster offset: 0",
     "bad-rc-zero": "Cluster at 0x30000 is in use, but its refcount is 0",
 }
 
@@ -77,10 +76,16 @@ def entries() -> list[str]:
 def open_image(path: Path, *, read_only: bool = True) -> Qcow2:
     file = FileStorage.open({}, {"filename": str(path), "locking": "off"}, read_only=read_only)
     try:
-        return Qcow2.open({"file": file}, {}, read_only=read_only)
+        data = data_file(path.parent / (Qcow2.named_data_file(file) or ""), read_only=read_only)
+        return Qcow2.open(children(file, data), {}, read_only=read_only)
     except QmpdError:
         file.close()
         raise
+
+
+def data_file(path: Path, *, read_only: bool) -> FileStorage | None:
+    """The file that an image names, if it is there."""
+    return FileStorage.open({}, {"filename": str(path)}, read_only=read_only) if path.is_file() else None
 
 
 def open_chain(path: Path) -> Qcow2:
@@ -135,7 +140,9 @@ def test_reading_gives_the_right_bytes_or_an_error(zoo: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", entries())
-def test_writing_keeps_good_images_good_and_bad_ones_no_worse(zoo: Path, name: str, tmp_path: Path) -> None:
+def test_writing_keeps_good_images_good_and_bad_ones_no_worse(
+    zoo: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Overwriting every byte works on valid images; a damaged one is refused before its content can be harmed."""
     need("qemu-img")
     expected = manifest(zoo, name)
@@ -143,6 +150,8 @@ def test_writing_keeps_good_images_good_and_bad_ones_no_worse(zoo: Path, name: s
         return
     path = tmp_path / expected["file"]
     shutil.copyfile(zoo / expected["file"], path)
+    shutil.copyfile(zoo / "ext.raw", tmp_path / "ext.raw")
+    monkeypatch.chdir(tmp_path)  # from where qemu-img looks for data files
     if name in DAMAGED:
         before = path.read_bytes()
         with pytest.raises(QmpdError) as caught:

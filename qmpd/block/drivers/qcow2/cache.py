@@ -262,6 +262,7 @@ class MetadataCache:
     def __init__(
         self,
         file: BlockDevice,
+        data: BlockDevice,
         *,
         l1: PointerTable,
         refcount_table: PointerTable,
@@ -269,6 +270,8 @@ class MetadataCache:
         refcount_blocks: TableCache,
     ) -> None:
         self._file = file
+        #: Where the guest's data is: ``file``, or a file of its own.
+        self.data = data
         self.l1 = l1
         self.refcount_table = refcount_table
         self.l2 = l2
@@ -311,6 +314,8 @@ class MetadataCache:
     def flush_refcounts(self) -> None:
         """Data, refcount blocks and the refcount table durable: what must come before any new mapping."""
         blocks = self.refcount_blocks.write_back()
+        if self.data is not self._file:
+            self.data.flush()
         self._file.flush()
         self.refcount_blocks.settle(blocks)
         if self.refcount_table.dirty:

@@ -14,7 +14,7 @@ import numpy as np
 
 from qmpd.block.drivers.qcow2.cache import Array, L2Codec, read_padded
 from qmpd.block.drivers.qcow2.references import References
-from qmpd.block.drivers.qcow2.tables import COMPRESSED, COPIED, I64, OFFSET_MASK, U64, Bools
+from qmpd.block.drivers.qcow2.tables import COMPRESSED, COPIED, I64, OFFSET_MASK, U64, Bools, Geometry
 from qmpd.block.findings import CheckResult, Report, Severity
 from qmpd.errors import Kind, QmpdError
 from qmpd.units import MIB, ceil_div
@@ -164,16 +164,19 @@ def wrong_flags(image: Image, stored: StoredCounts, pulse: Callable[[], None]) -
             continue
         table_wrong = (int(counts[0]) == 1) != bool(entry & COPIED)
         entries = codec.decode(read_padded(image.file, offset, size))[:, 0]
-        rows = _rows_with_wrong_flag(entries, stored, size)
+        rows = _rows_with_wrong_flag(image.geometry, entries, stored)
         if table_wrong or len(rows):
             yield Flaw(index, entry, table_wrong, offset, rows, entries[rows])
 
 
-def _rows_with_wrong_flag(entries: U64, stored: StoredCounts, size: int) -> I64:
+def _rows_with_wrong_flag(geometry: Geometry, entries: U64, stored: StoredCounts) -> I64:
     host = entries & np.uint64(OFFSET_MASK)
     rows = np.flatnonzero(((entries & np.uint64(COMPRESSED)) == 0) & (host != 0))
-    counts, known = stored.lookup((host[rows] // np.uint64(size)).astype(np.int64))
     copied = (entries[rows] & np.uint64(COPIED)) != 0
+    if geometry.external:  # nobody else uses it
+        alone: I64 = rows[~copied]
+        return alone
+    counts, known = stored.lookup((host[rows] >> np.uint64(geometry.cluster_bits)).astype(np.int64))
     wrong: I64 = rows[known & ((counts == 1) != copied)]
     return wrong
 

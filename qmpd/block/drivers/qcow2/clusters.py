@@ -19,6 +19,7 @@ from qmpd.block.drivers.qcow2.tables import (
     U64,
     ZERO,
     Bools,
+    Geometry,
     bad_entries,
     c_hex,
     entry_error,
@@ -35,24 +36,30 @@ class States:
     ``allocated`` and ``zero`` have one bit per unit; an image without extended L2 entries uses bit 0 alone.
     """
 
-    __slots__ = ("allocated", "compressed", "entries", "exclusive", "host", "zero")
+    __slots__ = ("allocated", "compressed", "entries", "exclusive", "host", "mapped", "zero")
 
-    def __init__(self, entries: U64, *, extended: bool) -> None:
+    def __init__(self, geometry: Geometry, clusters: I64, entries: U64) -> None:
         first = entries[:, 0]
         self.entries = entries
         self.compressed: Bools = (first & np.uint64(COMPRESSED)) != 0
         plain = np.where(self.compressed, np.uint64(0), first)
-        #: Host byte offset, 0 for none (and for compressed clusters).
+        #: Is there a host cluster (other than a compressed one)?
+        self.mapped: Bools = geometry.mapped(plain)
+        #: Its byte offset, 0 where there is none.
         self.host: U64 = plain & np.uint64(OFFSET_MASK)
-        #: A host cluster that may be written in place.
-        self.exclusive: Bools = (self.host != 0) & ((plain & np.uint64(COPIED)) != 0)
-        if extended:
+        #: A host cluster that may be written in place. In a data file there are no others.
+        self.exclusive: Bools = self.mapped & ((plain & np.uint64(COPIED)) != 0)
+        if geometry.external:
+            guest = clusters.astype(np.uint64) << np.uint64(geometry.cluster_bits)
+            self.host = np.where(self.mapped, guest, np.uint64(0))
+            self.exclusive = self.mapped
+        if geometry.extended:
             bitmap = np.where(self.compressed, np.uint64(0), entries[:, 1])
             self.allocated: U64 = bitmap & np.uint64(ALL_ALLOCATED)
             self.zero: U64 = bitmap >> np.uint64(32)
         else:
             self.zero = plain & np.uint64(ZERO)
-            self.allocated = ((self.host != 0) & (self.zero == 0)).astype(np.uint64)
+            self.allocated = (self.mapped & (self.zero == 0)).astype(np.uint64)
 
 
 class Clusters:
@@ -163,6 +170,8 @@ class Clusters:
     def _ends(self, entries: U64) -> I64:
         """The first and the last host cluster of everything that the entries refer to and that can be followed."""
         first, size = entries[:, 0], self._geometry.cluster_size
+        if self._geometry.external:
+            return np.empty(0, np.int64)
         compressed = (first & np.uint64(COMPRESSED)) != 0
         plain = (first[~compressed] & np.uint64(OFFSET_MASK)).astype(np.int64)
         ends: I64 = plain[(plain != 0) & (plain % size == 0)] // size
@@ -181,12 +190,13 @@ class Clusters:
             if table is None:
                 continue
             entries[where] = table.data[clusters[where] - low]
-            bad = bad_entries(self._geometry, entries[where], version=self._image.header.version)
+            version = self._image.header.version
+            bad = bad_entries(self._geometry, clusters[where], entries[where], version=version)
             if bad:
                 position, reason = bad
-                index = int(clusters[where][position]) - low
-                raise self.damaged(reason, int(entries[where][position, 0]), table.offset, index)
-        return States(entries, extended=self._geometry.extended)
+                cluster = int(clusters[where][position])
+                raise self.damaged(reason, int(entries[where][position, 0]), table.offset, cluster)
+        return States(self._geometry, clusters, entries)
 
     def store(self, clusters: I64, entries: U64) -> None:
         """Change entries in memory, all or none. What they replace is the caller's to free."""
@@ -201,9 +211,9 @@ class Clusters:
         for l1_index, _, _ in self._groups(clusters):
             self.writable_table(l1_index)
 
-    def damaged(self, reason: str, entry: int, table_offset: int, index: int) -> QmpdError:
-        """The error for a broken entry; marks a writable image."""
-        return self._image.corruption(entry_error(reason, entry, table_offset, index).desc)
+    def damaged(self, reason: str, entry: int, table_offset: int, cluster: int) -> QmpdError:
+        """The error for a broken entry of a guest cluster; marks a writable image."""
+        return self._image.corruption(entry_error(self._geometry, reason, entry, table_offset, cluster).desc)
 
     def _groups(self, clusters: I64) -> list[tuple[int, slice, int]]:
         """``clusters`` cut by L2 table: (L1 index, where in the array, first cluster of the table)."""
@@ -219,8 +229,8 @@ class Clusters:
     # -- composing and giving up -----------------------------------------------------------------------------------
 
     def compose(self, host: U64, allocated: U64, zero: U64, exclusive: Bools) -> U64:
-        """Entries (n, words) from columns; the opposite of :class:`States`."""
-        first = host | np.where(exclusive & (host != 0), np.uint64(COPIED), np.uint64(0))
+        """Entries (n, words) from columns; the opposite of :class:`States`. No cluster is exclusive without a host."""
+        first = host | np.where(exclusive, np.uint64(COPIED), np.uint64(0))
         if not self._geometry.extended:
             return (first | zero).reshape(-1, 1)
         return np.stack((first, allocated | (zero << np.uint64(32))), axis=1)
@@ -234,6 +244,8 @@ class Clusters:
         reserved = L2_RESERVED & ~ZERO | (ZERO if self._geometry.extended else 0)
         if (entries & np.uint64(reserved)).any():
             raise image.corruption(f"L2 entry {int(entries[0]):#x} has reserved bits set")
+        if self._geometry.external:
+            return
         if int(host.max()) >= image.frontier:
             raise image.corruption(f"Cluster offset {int(host.max()):#x} behind the end of the file")
         clusters = host // self._geometry.cluster_size
@@ -260,6 +272,8 @@ class Clusters:
 
     def host_clusters(self, entries: U64) -> I64:
         """Every reference that these entries hold, by cluster; compressed streams may touch several."""
+        if self._geometry.external:
+            return np.empty(0, np.int64)
         first = entries[:, 0]
         compressed = (first & np.uint64(COMPRESSED)) != 0
         plain = (first[~compressed] & np.uint64(OFFSET_MASK)).astype(np.int64) // self._geometry.cluster_size

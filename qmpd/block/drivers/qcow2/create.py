@@ -39,7 +39,8 @@ class CreateOptions:
     compression_type: str = "zlib"
     backing_file: str | None = None
     backing_fmt: str | None = None
-    data_file: Any = None
+    #: What the header is to say; '' for an image that does not name its data file.
+    data_file: str | None = None
     data_file_raw: bool = False
     encrypt: Any = None
 
@@ -95,7 +96,6 @@ def check(options: CreateOptions) -> None:
             wants_data_file and old,
             f"External data files are only supported with compatibility level 1.1 and above {_V3_ONLY}",
         ),
-        (wants_data_file, "External data files are not supported"),
         (
             options.compression_type != "zlib" and old,
             f"Non-zlib compression type is only supported with compatibility level 1.1 and above {_V3_ONLY}",
@@ -116,7 +116,8 @@ def check(options: CreateOptions) -> None:
 def _header(options: CreateOptions) -> Header:
     """The finished header but for the places of the tables. Raises what cannot be stored."""
     bits = options.cluster_size.bit_length() - 1
-    geometry = Geometry(bits, options.extended_l2)
+    external = options.data_file is not None
+    geometry = Geometry(bits, options.extended_l2, external)
     entries = geometry.l1_entries(options.size)
     if entries > hdr.MAX_L1_ENTRIES:
         text = f"Could not resize image: Failed to grow the L1 table: {strerror(errno.EFBIG)}"
@@ -131,13 +132,14 @@ def _header(options: CreateOptions) -> Header:
         0,
         options.cluster_size,
         1,
-        incompatible=(hdr.EXTENDED_L2 if options.extended_l2 else 0) | (hdr.COMPRESSION if compression else 0),
+        incompatible=(hdr.EXTENDED_L2 if options.extended_l2 else 0)
+        | (hdr.COMPRESSION if compression else 0)
+        | (hdr.DATA_FILE if external else 0),
         compatible=hdr.LAZY_REFCOUNTS if options.lazy_refcounts else 0,
+        autoclear=hdr.RAW_DATA_FILE if options.data_file_raw else 0,
         refcount_order=options.refcount_bits.bit_length() - 1,
         tail=bytes([compression]) + bytes(7) if modern else b"",
-        extensions=((hdr.EXT_FEATURE_NAMES, hdr.feature_table()),)
-        if modern and options.cluster_size > _NAMES_FROM
-        else (),
+        extensions=_extensions(options),
     )
     if options.backing_file:
         try:
@@ -146,24 +148,37 @@ def _header(options: CreateOptions) -> Header:
         except QmpdError as error:
             name, kind = options.backing_file, options.backing_fmt or "(null)"
             raise error.prefixed(f"Could not assign backing file '{name}' with format '{kind}': ") from None
+    header.serialise()
     return header
 
 
-def create(file: BlockDevice, options: CreateOptions) -> None:
+def _extensions(options: CreateOptions) -> tuple[tuple[int, bytes], ...]:
+    found = []
+    if options.data_file:
+        found.append((hdr.EXT_DATA_FILE, options.data_file.encode(errors="surrogateescape")))
+    if options.version != "v2" and options.cluster_size > _NAMES_FROM:
+        found.append((hdr.EXT_FEATURE_NAMES, hdr.feature_table()))
+    return tuple(found)
+
+
+def create(file: BlockDevice, options: CreateOptions, data: BlockDevice | None = None) -> None:
     """Write an empty image into ``file``, whose old content is gone. A worker thread; durable at return.
 
+    ``data`` is its data file, of which a raw one keeps its content as far as the disk reaches.
     Raises QEMU's errors before anything is written, and the file's errors after.
     """
     check(options)
     header = _header(options)
+    if data is not None:
+        _prepare_data(data, options)
     if getattr(file, "growable", False):
         file.truncate(0)
     header = _write_tables(file, header)
     file.flush()
     file.write(0, header.serialise().ljust(header.cluster_size, b"\0"))
     file.flush()
-    if options.preallocation != "off":
-        _preallocate(file, options)
+    if options.preallocation != "off" or options.data_file_raw:
+        _preallocate(file, options, data)
 
 
 def _write_tables(file: BlockDevice, header: Header) -> Header:
@@ -190,13 +205,32 @@ def _write_tables(file: BlockDevice, header: Header) -> Header:
     return replace(header, l1_offset=l1 * size, refcount_table_clusters=table)
 
 
-def _preallocate(file: BlockDevice, options: CreateOptions) -> None:
-    """Give every cluster its place; falloc and full also give it its space."""
-    image = Qcow2.open({"file": file}, {}, read_only=False)
+def _prepare_data(data: BlockDevice, options: CreateOptions) -> None:
+    """Give the data file the disk's length, and zeros where the guest would see them without having written any."""
+    size, old = options.size, data.length
+    if getattr(data, "growable", False):
+        data.truncate(size)
+    elif old < size:
+        raise QmpdError("Could not resize image: Cannot grow device files", Kind.UNSUPPORTED)
+    fresh = min(old, size)
+    if fresh and not options.data_file_raw and options.preallocation != "off":
+        data.write_zeroes(0, fresh)
+    if options.preallocation == "falloc" and fresh < size:
+        data.write_zeroes(fresh, size - fresh, unmap=False)
+    elif options.preallocation == "full":
+        for start in range(fresh, size, len(_ZEROES)):
+            data.write(start, memoryview(_ZEROES)[: min(len(_ZEROES), size - start)])
+    data.flush()
+
+
+def _preallocate(file: BlockDevice, options: CreateOptions, data: BlockDevice | None) -> None:
+    """Give every cluster its place; falloc and full also give it its space, which a data file has by then."""
+    children = {"file": file} if data is None else {"file": file, "data-file": data}
+    image = Qcow2.open(children, {}, read_only=False)
     for offset in range(0, options.size, _STRIDE):
         length = min(_STRIDE, options.size - offset)
         with image.place(offset, length) as runs:
-            for run in runs:
+            for run in runs if data is None else ():
                 end = run.host + -(-run.length // options.cluster_size) * options.cluster_size
                 if options.preallocation == "falloc":
                     file.write_zeroes(run.host, end - run.host, unmap=False)

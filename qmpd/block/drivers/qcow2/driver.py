@@ -12,6 +12,7 @@ from typing import Any, Final, Self
 from qmpd.block.api import BackingReference, BlockDevice, Buffer, Driver, ImageInfo, InternalSnapshot
 from qmpd.block.batch import Batch
 from qmpd.block.drivers.qcow2 import header as hdr
+from qmpd.block.drivers.qcow2.cache import read_padded
 from qmpd.block.drivers.qcow2.check import check
 from qmpd.block.drivers.qcow2.clusters import Clusters
 from qmpd.block.drivers.qcow2.empty import make_empty
@@ -26,6 +27,7 @@ from qmpd.block.drivers.qcow2.zeroing import Eraser
 from qmpd.block.extents import Runs
 from qmpd.block.findings import CheckResult
 from qmpd.errors import Kind, QmpdError
+from qmpd.units import MIB, SECTOR
 
 _DISCARD_OPTION: Final = "pass-discard-request"
 
@@ -34,16 +36,17 @@ _PARTS: Final = ("_image", "_clusters", "_reader", "_writer", "_many", "_eraser"
 
 
 class Qcow2(Driver):
-    """One qcow2 image. Children: ``file`` (required), ``backing`` (attached by the graph).
+    """One qcow2 image. Children: ``file`` (required), ``data-file`` (required by images with an external data file),
+    ``backing`` (attached by the graph).
 
     Options: ``cache-size``, ``l2-cache-size``, ``refcount-cache-size``, ``l2-cache-entry-size``,
-    ``pass-discard-request``; the others of QEMU are accepted and have nothing to do here. ``data-file`` and
-    ``encrypt`` are refused.
+    ``pass-discard-request``; the others of QEMU are accepted and have nothing to do here. ``encrypt`` is refused.
     """
 
     format_name = "qcow2"
     supports_backing = True
     supports_snapshots = True
+    supports_data_file = True
 
     def __init__(self, image: Image, options: Mapping[str, Any]) -> None:
         """Use :meth:`open`."""
@@ -69,7 +72,13 @@ class Qcow2(Driver):
         the refcounts of a dirty image rebuilt before this returns.
         """
         l2_cache, refcount_cache = _cache_sizes(options)
-        image = Image(children["file"], read_only=read_only, l2_cache=l2_cache, refcount_cache=refcount_cache)
+        image = Image(
+            children["file"],
+            children.get("data-file"),
+            read_only=read_only,
+            l2_cache=l2_cache,
+            refcount_cache=refcount_cache,
+        )
         _check_options(options, image.geometry.cluster_size)
         driver = cls(image, options)
         driver._reader.backing = children.get("backing")
@@ -77,6 +86,12 @@ class Qcow2(Driver):
             with image.lock:
                 driver._writer.prepare()
         return driver
+
+    @classmethod
+    def named_data_file(cls, file: BlockDevice) -> str | None:
+        if not hdr.names_data_file(bytes(read_padded(file, 0, SECTOR))):
+            return None
+        return hdr.parse(bytes(read_padded(file, 0, min(file.length, 2 * MIB))), read_only=True).data_file
 
     def _apply(self, options: Mapping[str, Any]) -> None:
         self._options = dict(options)
@@ -101,7 +116,7 @@ class Qcow2(Driver):
 
     @property
     def data_child(self) -> BlockDevice | None:
-        return self._image.file
+        return self._image.data
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         if len(buffer):
@@ -176,6 +191,10 @@ class Qcow2(Driver):
         if modern:
             data["lazy-refcounts"] = bool(header.compatible & hdr.LAZY_REFCOUNTS)
         data["refcount-bits"] = 1 << header.refcount_order
+        if header.data_file is not None:
+            data["data-file"] = header.data_file
+        if header.external_data:
+            data["data-file-raw"] = header.raw_data
         if modern:
             data["corrupt"] = bool(header.incompatible & hdr.CORRUPT)
             data["extended-l2"] = header.extended_l2
@@ -199,6 +218,8 @@ class Qcow2(Driver):
             self._reader.backing = child
         elif name == "file" and child is not None:
             self._image.set_file(child)
+        elif name == "data-file" and child is not None and self._image.geometry.external:
+            self._image.set_data(child)
         else:
             super().attach(name, child)
 
@@ -227,6 +248,8 @@ class Qcow2(Driver):
         children = {"file": self._image.file}
         if self._reader.backing is not None:
             children["backing"] = self._reader.backing
+        if self._image.geometry.external:
+            children["data-file"] = self._image.data
         fresh = self.open(children, self._options, read_only=self.read_only)
         for part in _PARTS:
             setattr(self, part, getattr(fresh, part))
@@ -251,6 +274,8 @@ class Qcow2(Driver):
 
     @property
     def snapshots(self) -> Sequence[InternalSnapshot]:
+        if self._image.geometry.external:  # the counts that snapshots live by are those of the image file
+            raise QmpdError("Failed to get a snapshot list: Operation not supported", Kind.UNSUPPORTED)
         return tuple(self._image.snapshots)
 
     def take_snapshot(self, name: str, nanoseconds: int) -> InternalSnapshot:
@@ -301,8 +326,6 @@ def _check_options(options: Mapping[str, Any], cluster_size: int) -> None:
     entry = options.get("l2-cache-entry-size")
     if entry is not None and (not 512 <= entry <= cluster_size or entry & (entry - 1)):
         raise QmpdError(f"L2 cache entry size must be a power of two between 512 and the cluster size ({cluster_size})")
-    if options.get("data-file") is not None:
-        raise QmpdError("'data-file' can only be set for images with an external data file")
     encrypt = options.get("encrypt")
     if encrypt is not None:
         kind = encrypt.get("format") if isinstance(encrypt, Mapping) else encrypt

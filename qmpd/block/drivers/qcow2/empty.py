@@ -48,6 +48,8 @@ def make_empty(image: Image, writer: Writer, eraser: Eraser) -> None:
                 return
         eraser.drop_range(0, align_up(image.header.size, image.geometry.cluster_size))
         image.flush()
+        if image.geometry.external and (end := min(image.header.size, image.data.length)):
+            image.data.discard(0, end)
     finally:
         with image.lock:
             image.inflight.unclaim(claim)

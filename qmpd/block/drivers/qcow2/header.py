@@ -99,6 +99,22 @@ class Header:
         return bool(self.incompatible & EXTENDED_L2)
 
     @property
+    def external_data(self) -> bool:
+        """Is the guest's data in a file of its own?"""
+        return bool(self.incompatible & DATA_FILE)
+
+    @property
+    def raw_data(self) -> bool:
+        """Is that file at all times what the guest sees?"""
+        return self.external_data and bool(self.autoclear & RAW_DATA_FILE)
+
+    @property
+    def data_file(self) -> str | None:
+        """The data file as the header names it (untrusted)."""
+        name = self.extension(EXT_DATA_FILE)
+        return name.split(b"\0", 1)[0].decode(errors="surrogateescape") if name else None
+
+    @property
     def compression_type(self) -> int:
         return self.tail[0] if self.tail else 0
 
@@ -132,6 +148,8 @@ class Header:
         name = reference.filename.encode(errors="surrogateescape")
         kind = (reference.format or "").encode(errors="surrogateescape")
         if len(name) > MAX_BACKING_NAME or len(kind) > MAX_BACKING_FORMAT or b"\0" in name:
+            raise QmpdError("Invalid argument", Kind.INVALID)
+        if self.raw_data:  # the data file alone would not be what the guest sees
             raise QmpdError("Invalid argument", Kind.INVALID)
         if kind:
             extensions.insert(0, (EXT_BACKING_FORMAT, kind))
@@ -189,8 +207,18 @@ def _unsupported(text: str) -> QmpdError:
     return QmpdError(text, Kind.UNSUPPORTED)
 
 
-def parse(cluster0: bytes, *, read_only: bool) -> Header:
+def names_data_file(start: bytes) -> bool:
+    """Is this the start of an image with a data file? Says nothing of what else may be wrong with it."""
+    start = start.ljust(FIXED_V3, b"\0")
+    magic, version, *_ = _V2.unpack_from(start)
+    incompatible, *_ = _V3.unpack_from(start, FIXED_V2)
+    return magic == MAGIC and version >= 3 and bool(incompatible & DATA_FILE)
+
+
+def parse(cluster0: bytes, *, read_only: bool, data_file: bool | None = None) -> Header:
     """Parse and validate. ``cluster0`` holds the first 2 MiB of the file, or all of it if shorter.
+
+    ``data_file``: is there a data file? None where that is still to be found out.
 
     Raises CORRUPT or UNSUPPORTED errors with QEMU's texts; the checks stand in the order of section 1.
     """
@@ -203,7 +231,8 @@ def parse(cluster0: bytes, *, read_only: bool) -> Header:
     _check_tables(fixed)
     extensions, end = _extensions(cluster0, fixed.header_length, backing_offset or cluster_size)
     header = replace(fixed, extensions=tuple(extensions))
-    _refuse_foreign(header)
+    _check_data_file(header, data_file)
+    _refuse_encrypted(header)
     name = None
     if backing_offset:
         if backing_length > min(MAX_BACKING_NAME, cluster_size - backing_offset):
@@ -359,15 +388,19 @@ def _extensions(cluster0: bytes, start: int, end: int) -> tuple[list[tuple[int, 
     return found, min(offset, len(cluster0))
 
 
-def _refuse_foreign(header: Header) -> None:
-    """What qmpd does not do: refused by name, so that nobody wonders."""
-    if header.incompatible & DATA_FILE:
-        name = header.extension(EXT_DATA_FILE)
-        if not name:
+def _check_data_file(header: Header, present: bool | None) -> None:
+    if header.external_data:
+        if present is False or (present is None and not header.data_file):
             raise _bad("'data-file' is required for this image")
-        raise _unsupported(f"External data files are not supported (data file '{name.decode(errors='replace')}')")
+        return
+    if present:
+        raise QmpdError("'data-file' can only be set for images with an external data file")
     if header.autoclear & RAW_DATA_FILE:
         raise _bad("data-file-raw requires a data file")
+
+
+def _refuse_encrypted(header: Header) -> None:
+    """What qmpd does not do: refused by name, so that nobody wonders."""
     if header.crypt_method == 2 and header.extension(EXT_CRYPTO) is None:
         raise _bad("Missing CRYPTO header for crypt method 2")
     if header.crypt_method:

@@ -7,6 +7,7 @@ the locks of the devices below (file, backing) while holding it.
 
 from __future__ import annotations
 
+import errno
 import logging
 import struct
 import threading
@@ -29,7 +30,7 @@ from qmpd.block.drivers.qcow2.overlap import Overlap
 from qmpd.block.drivers.qcow2.refcounts import RefcountCodec, Refcounts, bad_block_pointer
 from qmpd.block.drivers.qcow2.snapshots import Snapshot, load_snapshots
 from qmpd.block.drivers.qcow2.tables import COPIED, L1_RESERVED, OFFSET_MASK, Geometry
-from qmpd.errors import Kind, QmpdError
+from qmpd.errors import Kind, QmpdError, strerror
 from qmpd.units import MIB, align_up, ceil_div
 
 _log = logging.getLogger(__name__)
@@ -45,14 +46,19 @@ REFBLOCK_MOMENTS: Final = Moments(Event.REFBLOCK_LOAD, Event.REFBLOCK_UPDATE_PAR
 class Image:
     """State shared by the reading and the writing half of the driver."""
 
-    def __init__(self, file: BlockDevice, *, read_only: bool, l2_cache: int, refcount_cache: int) -> None:
+    def __init__(
+        self, file: BlockDevice, data: BlockDevice | None, *, read_only: bool, l2_cache: int, refcount_cache: int
+    ) -> None:
         """Reads and validates header, tables, snapshots and bitmaps. Raises CORRUPT or UNSUPPORTED errors."""
         self.file = file
+        #: Where the guest's data is: a file of its own (``data``), or the image file.
+        self.data = file if data is None else data
         #: Tells a blkdebug below of inner moments; called with or without the lock.
         self.announce = announcer(file)
         self.read_only = read_only
-        self.header = hdr.parse(bytes(read_padded(file, 0, min(file.length, 2 * MIB))), read_only=read_only)
-        self.geometry = Geometry(self.header.cluster_bits, self.header.extended_l2)
+        start = bytes(read_padded(file, 0, min(file.length, 2 * MIB)))
+        self.header = hdr.parse(start, read_only=read_only, data_file=data is not None)
+        self.geometry = Geometry(self.header.cluster_bits, self.header.extended_l2, self.header.external_data)
         self.snapshots: list[Snapshot] = load_snapshots(file, self.header)
         self.bitmaps: list[Bitmap] = load_bitmaps(file, self.header)
         self.lock = threading.RLock()
@@ -64,6 +70,7 @@ class Image:
         table_entries = self.header.refcount_table_clusters * size // 8
         self.meta = MetadataCache(
             file,
+            self.data,
             l1=l1,
             refcount_table=PointerTable.load(
                 file, self.header.refcount_table_offset, table_entries, Event.REFBLOCK_ALLOC_HOOKUP
@@ -91,9 +98,20 @@ class Image:
 
     def set_file(self, file: BlockDevice) -> None:
         """The same bytes through another device. Nothing in flight."""
+        if not self.geometry.external:
+            self.set_data(file)
         self.file = file
         self.announce = announcer(file)
         self.meta.set_file(file)
+
+    def set_data(self, data: BlockDevice) -> None:
+        """The guest's bytes through another device. Nothing in flight."""
+        self.data = self.meta.data = data
+
+    def check_room(self, end: int) -> None:
+        """Is there room in the data file for guest bytes up to ``end``? Raises ENOSPC."""
+        if end > self.data.length and not getattr(self.data, "growable", False):
+            raise QmpdError(strerror(errno.ENOSPC), Kind.NO_SPACE, errno=errno.ENOSPC)
 
     # -- damage ----------------------------------------------------------------------------------------------------
 
@@ -165,7 +183,9 @@ class Image:
         with self.lock:
             pending = self.meta.dirty or self.alloc.waiting
         # Data first, while others go on: so the syncs under the lock have little left to do.
-        self.file.flush()
+        self.data.flush()
+        if self.geometry.external:
+            self.file.flush()
         if pending:
             with self.lock:
                 self.check_alive()

@@ -108,7 +108,7 @@ class Many:
         here, below = _Parts(), _Parts()
         left: list[int] = []
         with image.lock:
-            file_end, tables = image.file.length, _Tables(image)
+            file_end, tables = image.data.length, _Tables(image)
             for owner, start, part in self._pieces(batch):
                 host = self._find(tables, start, len(part), file_end)
                 if host > 0:
@@ -121,7 +121,7 @@ class Many:
                     left.append(owner)
             ticket = image.inflight.enter()
         try:
-            left += here.move(image.file.read_many)
+            left += here.move(image.data.read_many)
             if backing is not None:
                 left += below.move(backing.read_many)
         finally:
@@ -137,6 +137,8 @@ class Many:
         entry: int = table.data.item(row, 0)
         inner, host = start & self._inside, entry & OFFSET_MASK
         if entry & COMPRESSED or host & self._inside:
+            return _LEFT
+        if self._geometry.external and entry & (OFFSET_MASK | COPIED) and (not host or host != start - inner):
             return _LEFT
         if self._geometry.extended:
             if not self._has_units(table, row, inner, length):
@@ -171,7 +173,7 @@ class Many:
                     left.append(owner)
             ticket = image.inflight.enter()
         try:
-            left += parts.move(image.file.write_many)
+            left += parts.move(image.data.write_many)
         finally:
             image.inflight.leave(ticket)
         return sorted(set(left)) if left else left
@@ -187,9 +189,13 @@ class Many:
         row = start >> self._cluster_bits & self._rows
         entry: int = table.data.item(row, 0)
         inner, host = start & self._inside, entry & OFFSET_MASK
-        if entry & _NEVER_IN_PLACE or not entry & COPIED or not host or host & self._inside or host >= frontier:
+        if entry & _NEVER_IN_PLACE or not entry & COPIED or not host or host & self._inside:
             return 0
         if self._geometry.extended and not self._has_units(table, row, inner, length):
+            return 0
+        if self._geometry.external:
+            return host + inner if host == start - inner else 0
+        if host >= frontier:
             return 0
         cluster = host >> self._cluster_bits
         return host + inner if tables.count(cluster) == 1 and self._image.overlap.at(cluster) is None else 0

@@ -60,7 +60,7 @@ class Reader:
         if not len(numbers):
             return Runs.single(offset, end - offset, RunKind.UNALLOCATED)
         geometry = self._image.geometry
-        return runs_of(geometry, units_of(geometry, numbers, entries), offset, end, self._image.file.length)
+        return runs_of(geometry, units_of(geometry, numbers, entries), offset, end, self._image.data.length)
 
     def _scan(self, start: int, end: int) -> tuple[I64, U64, int]:
         """Cluster numbers and entries of everything allocated in the range, and how far the scan got. Lock held."""
@@ -104,14 +104,16 @@ class Reader:
 
     def _first_bad(self, l1_index: int, rows: U64, low: int) -> int | None:
         """Index in the table of the first broken row, None if all are good; raises if it is the very first."""
-        bad = bad_entries(self._image.geometry, rows, version=self._image.header.version)
+        base = l1_index << self._image.geometry.l2_bits
+        clusters = np.arange(base + low, base + low + len(rows), dtype=np.int64)
+        bad = bad_entries(self._image.geometry, clusters, rows, version=self._image.header.version)
         if bad is None:
             return None
         position, reason = bad
         if position:
             return low + position
         table = self._clusters.table_offset(l1_index)
-        raise self._clusters.damaged(reason, int(rows[0, 0]), table, low)
+        raise self._clusters.damaged(reason, int(rows[0, 0]), table, base + low)
 
     # -- read ------------------------------------------------------------------------------------------------------
 
@@ -148,12 +150,14 @@ class Reader:
             host = entry & OFFSET_MASK
             if entry & (COMPRESSED | ZERO) or not host or host & (geometry.cluster_size - 1):
                 return False
-            if host + inner + len(buffer) > image.file.length:
+            if host + inner + len(buffer) > image.data.length:
+                return False
+            if geometry.external and host != offset - inner:
                 return False
             ticket = image.inflight.enter()
         try:
             image.announce(Event.READ_AIO)
-            image.file.readinto(host + inner, buffer)
+            image.data.readinto(host + inner, buffer)
         finally:
             image.inflight.leave(ticket)
         return True
@@ -161,7 +165,7 @@ class Reader:
     def _read_run(self, run: Run, buffer: memoryview) -> None:
         if run.kind == RunKind.DATA:
             self._image.announce(Event.READ_AIO)
-            self._image.file.readinto(run.host, buffer)
+            self._image.data.readinto(run.host, buffer)
         elif run.kind == RunKind.COMPRESSED:
             self._read_compressed(run.offset, buffer)
         elif run.kind == RunKind.ZERO or self.backing is None:

@@ -150,7 +150,10 @@ class References:
 
         fault(~compressed & ((entries & np.uint64(L2_RESERVED)) != 0), "reserved bits are set")
         fault(compressed & ((entries & np.uint64(COPIED)) != 0), "compressed cluster has the copied flag")
-        mapped = host != 0
+        mapped = ~compressed & geometry.mapped(entries)
+        if geometry.external:
+            fault(compressed, "compressed cluster in an image with a data file")
+            compressed = np.zeros_like(compressed)
         if geometry.extended:
             allocated, zero = words[:, 1] & np.uint64(ALL_ALLOCATED), words[:, 1] >> np.uint64(32)
             odd = compressed & (words[:, 1] != 0)
@@ -159,7 +162,8 @@ class References:
             fault(~mapped & ~compressed & (allocated != 0), "sub-clusters are allocated without a cluster")
             compressed &= ~odd
         fault(mapped & (host % size != 0), "cluster is not aligned")
-        self._spans(host[mapped], np.int64(size), "l2-entry", at[mapped], entries[mapped], times=uses)
+        if not geometry.external:
+            self._spans(host[mapped], np.int64(size), "l2-entry", at[mapped], entries[mapped], times=uses)
         start, length = geometry.compressed_spans(entries[compressed])
         self._spans(start, length, "l2-entry", at[compressed], entries[compressed], times=uses)
         if active:

@@ -48,12 +48,21 @@ class Rehearsal:
         model.flush()
         file = model._image.file
         self.file = Shadow(file, file.length if end is None else end)
-        children = {"file": self.file, "backing": model._reader.backing}
+        external = model._image.geometry.external
+        #: The data file, if there is one.
+        self.data = Shadow(model._image.data, model._image.data.length) if external else None
+        self._data_end = 0 if self.data is None else self.data.end
+        children = {"file": self.file, "data-file": self.data, "backing": model._reader.backing}
         present = {name: child for name, child in children.items() if child is not None}
         self.driver = type(model).open(present, model._options, read_only=False)
         self._image: Image = self.driver._image
         # Evicted, a table would be read from the real file again.
         self._image.meta.l2.keeps_all = self._image.meta.refcount_blocks.keeps_all = True
+
+    @property
+    def data_growth(self) -> int:
+        """Bytes that the data file has become longer."""
+        return 0 if self.data is None else self.data.end - self._data_end
 
     def inventory(self) -> Inventory:
         """As of now."""

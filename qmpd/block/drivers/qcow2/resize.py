@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 
@@ -17,7 +18,10 @@ from qmpd.block.drivers.qcow2.tables import OFFSET_MASK
 from qmpd.block.drivers.qcow2.writing import Writer
 from qmpd.block.drivers.qcow2.zeroing import Eraser
 from qmpd.errors import Kind, QmpdError, strerror
-from qmpd.units import MAX_LENGTH, SECTOR, align_up, ceil_div
+from qmpd.units import MAX_LENGTH, SECTOR, align_down, align_up, ceil_div
+
+#: Bytes mapped at once.
+_STRIDE: Final = 1 << 30
 
 
 class Resizer:
@@ -72,15 +76,39 @@ class Resizer:
         if needed > len(self._image.meta.l1):
             with self._image.lock:
                 self._grow_l1(needed)
+        if self._image.geometry.external:
+            self._grow_data(old, size)
         self._reader.size = size
         try:
             self._blank(old, size)
+            if self._image.header.raw_data:
+                self.map_all(old, size)
             self._image.flush()
             with self._image.lock:
                 self._store_size(size)
         except BaseException:
             self._reader.size = old
             raise
+
+    def _grow_data(self, old: int, size: int) -> None:
+        """Have room for the disk in its data file. Where the file alone is the disk, the new part of it is zeros."""
+        data, raw = self._image.data, self._image.header.raw_data
+        if getattr(data, "growable", False):
+            if raw and data.length > old:
+                data.truncate(old)
+            data.truncate(size)
+            return
+        if data.length < size:
+            raise QmpdError("Cannot grow device files", Kind.UNSUPPORTED)
+        if raw:
+            data.write_zeroes(old, size - old)
+
+    def map_all(self, start: int, end: int) -> None:
+        """Let the guest see ``[start, end)`` as the data file has it."""
+        start = align_down(start, self._image.geometry.cluster_size)
+        for offset in range(start, end, _STRIDE):
+            with self._writer.place_one(offset, min(_STRIDE, end - offset)):
+                pass
 
     def _blank(self, old: int, size: int) -> None:
         """New bytes read as zeros: not as what a longer life left in the last cluster, not as the backing file."""
@@ -138,6 +166,8 @@ class Resizer:
                 self._drop_refcount_blocks()
                 self._cut_file()
                 self._store_size(size)
+                if geometry.external and getattr(image.data, "growable", False):
+                    image.data.truncate(size)
         except BaseException:
             self._reader.size = old
             raise

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from qmpd.block.debug import Event
 from qmpd.block.drivers.qcow2.inflight import Claim
-from qmpd.block.drivers.qcow2.tables import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO
+from qmpd.block.drivers.qcow2.tables import COMPRESSED, COPIED, L2_RESERVED, MAX_HOST, OFFSET_MASK, ZERO
 from qmpd.block.extents import RunKind, Runs
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Single:
             ticket = image.inflight.enter()
         try:
             image.announce(Event.WRITE_AIO)
-            image.file.write(host, data)
+            image.data.write(host, data)
         finally:
             image.inflight.leave(ticket)
         return True
@@ -109,7 +109,7 @@ class Single:
         self._clusters.vet(table)
         row = table.data[(offset >> geometry.cluster_bits) & (geometry.l2_entries - 1)]
         entry = int(row[0])
-        if entry & (_NOT_IN_PLACE | ZERO) or not self._is_own(entry):
+        if entry & (_NOT_IN_PLACE | ZERO) or not self._is_own(entry, offset >> geometry.cluster_bits):
             return 0
         inner = offset & (self.cluster_size - 1)
         if geometry.extended:
@@ -118,10 +118,15 @@ class Single:
                 return 0
         return (entry & OFFSET_MASK) + inner
 
-    def _is_own(self, entry: int) -> bool:
-        """Is the host cluster this entry's alone, beyond doubt? (spec/qcow2.md section 10)"""
+    def _is_own(self, entry: int, guest: int) -> bool:
+        """Is the host cluster this guest cluster's alone, beyond doubt? (spec/qcow2.md section 10)
+
+        For the first cluster of a data file the answer is no, since its offset looks like none.
+        """
         image = self._image
         host = entry & OFFSET_MASK
+        if self._geometry.external:
+            return bool(entry & COPIED and host) and host == guest << self._geometry.cluster_bits
         if not entry & COPIED or not host or host & (self.cluster_size - 1) or host >= image.frontier:
             return False
         cluster = host >> self._geometry.cluster_bits
@@ -156,12 +161,15 @@ class Single:
         entry = 0 if table is None else int(table.data[cluster & (self._geometry.l2_entries - 1), 0])
         virgin = image.alloc.virgin << self._geometry.cluster_bits
         if entry & OFFSET_MASK:
-            if entry & _NOT_IN_PLACE or (entry & ZERO and image.header.version < 3) or not self._is_own(entry):
+            if entry & _NOT_IN_PLACE or (entry & ZERO and image.header.version < 3) or not self._is_own(entry, cluster):
                 return None
             return Remap(self, claim, cluster, entry, entry & OFFSET_MASK, virgin=virgin)
         if entry not in (0, ZERO) or (entry and image.header.version < 3):
             return None
         self._clusters.writable_table(l1_index)
+        if self._geometry.external:
+            image.check_room(min((cluster + 1) * self.cluster_size, self._reader.size))
+            return Remap(self, claim, cluster, entry, cluster * self.cluster_size, virgin=MAX_HOST)
         host = image.alloc.allocate_one() << self._geometry.cluster_bits
         return Remap(self, claim, cluster, entry, host, virgin=virgin)
 
@@ -175,7 +183,7 @@ class Single:
                     self._publish(remap)
                     published = True
             finally:
-                if remap.fresh and not published:
+                if remap.fresh and not published and not self._geometry.external:
                     image.alloc.give_back_one(remap.host >> self._geometry.cluster_bits)
                 image.inflight.unclaim(claim)
             image.settle()
@@ -198,10 +206,12 @@ class Single:
         in_use = not remap.fresh and not remap.entry & ZERO
         if in_use or len(data) == size or (remap.virgin and self._is_blank(remap)):
             image.announce(Event.WRITE_AIO)
-            image.file.write(remap.host + inner, data)
+            image.data.write(remap.host + inner, data)
             return
-        content = memoryview(bytearray(size))
         start = remap.cluster * size
+        if self._geometry.external:  # a data file ends with the disk
+            size = min(size, self._reader.size - start)
+        content = memoryview(bytearray(size))
         after = inner + len(data)
         image.announce(Event.COW_READ)
         if inner:
@@ -211,7 +221,7 @@ class Single:
         content[inner:after] = data
         image.announce(Event.COW_WRITE)
         image.announce(Event.WRITE_AIO)
-        image.file.write(remap.host, content)
+        image.data.write(remap.host, content)
 
     def _is_blank(self, remap: Remap) -> bool:
         """Does the guest see nothing but zeros there?"""

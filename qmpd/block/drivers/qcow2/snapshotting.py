@@ -223,10 +223,11 @@ class Snapshotter:
             if offset % size or offset >= image.file_end or image.is_structure(offset):
                 raise image.corruption(f"L2 table offset {offset:#x} is invalid (L1 index: {index:#x})")
             table = image.meta.l2.peek(offset)
-            bad = bad_entries(image.geometry, table, version=image.header.version)
+            guest = np.arange(len(table), dtype=np.int64) + (index << image.geometry.l2_bits)
+            bad = bad_entries(image.geometry, guest, table, version=image.header.version)
             if bad:
                 position, reason = bad
-                raise self._clusters.damaged(reason, int(table[position, 0]), offset, position)
+                raise self._clusters.damaged(reason, int(table[position, 0]), offset, int(guest[position]))
             self._clusters.check_dropped(table)
             found = self._clusters.host_clusters(table)
             if len(found) and (int(found.max()) + 1) * size > image.frontier:

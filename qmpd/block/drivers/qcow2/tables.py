@@ -47,6 +47,8 @@ class Geometry:
 
     cluster_bits: int
     extended: bool = False
+    #: Is the guest's data in a file of its own? Every byte is where the guest has it there, also at offset 0.
+    external: bool = False
 
     @cached_property
     def cluster_size(self) -> int:
@@ -64,6 +66,15 @@ class Geometry:
     @cached_property
     def l2_entries(self) -> int:
         return 1 << self.l2_bits
+
+    @cached_property
+    def _has_host(self) -> np.uint64:
+        return np.uint64(OFFSET_MASK | COPIED if self.external else OFFSET_MASK)
+
+    def mapped(self, first: U64) -> Bools:
+        """Which of these words, none of a compressed cluster, give the guest's cluster a place."""
+        found: Bools = (first & self._has_host) != 0
+        return found
 
     @cached_property
     def units(self) -> int:
@@ -107,10 +118,10 @@ class Geometry:
         return host, sectors * 512 - host % 512
 
 
-def bad_entries(geometry: Geometry, entries: U64, *, version: int) -> tuple[int, str] | None:
+def bad_entries(geometry: Geometry, clusters: I64, entries: U64, *, version: int) -> tuple[int, str] | None:
     """The first entry of ``entries`` (n, words) that cannot be followed, with a word for why; or None.
 
-    Reserved bits are not looked at: readers ignore them.
+    ``clusters`` are the guest's clusters that they are of. Reserved bits are not looked at: readers ignore them.
     """
     first = entries[:, 0]
     plain = (first & _COMPRESSED) == 0
@@ -122,10 +133,15 @@ def bad_entries(geometry: Geometry, entries: U64, *, version: int) -> tuple[int,
             broken.append((int(mask.argmax()), reason))
 
     note(plain & ((host & np.uint64(geometry.cluster_size - 1)) != 0), "unaligned")
+    if geometry.external:
+        note(~plain, "compressed")
+        flagged = (first & _ZERO) != 0 if not geometry.extended else np.zeros(len(first), np.bool_)
+        elsewhere = host != clusters.astype(np.uint64) << np.uint64(geometry.cluster_bits)
+        note(plain & geometry.mapped(first) & elsewhere & ~(flagged & (host == 0)), "elsewhere")
     if geometry.extended:
         allocated = entries[:, 1] & _LOW
         zero = entries[:, 1] >> np.uint64(32)
-        note(plain & (((allocated & zero) != 0) | ((allocated != 0) & (host == 0))), "invalid")
+        note(plain & (((allocated & zero) != 0) | ((allocated != 0) & ~geometry.mapped(first))), "invalid")
     elif version < 3:
         note(plain & ((first & _ZERO) != 0), "zero-v2")
     return min(broken) if broken else None
@@ -136,10 +152,14 @@ def c_hex(value: int) -> str:
     return f"{value:#x}" if value else "0"
 
 
-def entry_error(reason: str, entry: int, l2_offset: int, l2_index: int) -> QmpdError:
-    """The error for a verdict of :func:`bad_entries`, in QEMU's words."""
+def entry_error(geometry: Geometry, reason: str, entry: int, l2_offset: int, cluster: int) -> QmpdError:
+    """The error for a verdict of :func:`bad_entries` on the entry of a guest cluster, in QEMU's words."""
+    l2_index = cluster & (geometry.l2_entries - 1)
     where = f"(L2 offset: {c_hex(l2_offset)}, L2 index: {c_hex(l2_index)})"
     texts = {
+        "compressed": f"Compressed cluster entry found in image with external data file {where}",
+        "elsewhere": f"External data file host cluster offset {c_hex(entry & OFFSET_MASK)} does not match guest cluster"
+        f" offset: {c_hex(cluster << geometry.cluster_bits)}, L2 index: {c_hex(l2_index)})",
         "unaligned": f"Cluster allocation offset {entry & OFFSET_MASK:#x} unaligned {where}",
         "invalid": f"Invalid cluster entry found  {where}",
         "zero-v2": f"Zero cluster entry found in pre-v3 image {where}",
@@ -161,8 +181,10 @@ def units_of(geometry: Geometry, clusters: I64, entries: U64) -> Units:
     first = entries[:, 0]
     compressed = (first & _COMPRESSED) != 0
     host = (first & _OFFSET).astype(np.int64)
+    if geometry.external:
+        host = clusters << geometry.cluster_bits
     if not geometry.extended:
-        kind = np.where(host != 0, np.uint8(RunKind.DATA), np.uint8(RunKind.UNALLOCATED))
+        kind = np.where(geometry.mapped(first), np.uint8(RunKind.DATA), np.uint8(RunKind.UNALLOCATED))
         kind[(first & _ZERO) != 0] = RunKind.ZERO
         kind[compressed] = RunKind.COMPRESSED
         return Units(clusters, kind, host)
@@ -181,7 +203,7 @@ def units_of(geometry: Geometry, clusters: I64, entries: U64) -> Units:
 def runs_of(geometry: Geometry, units: Units, start: int, end: int, file_end: int) -> Runs:
     """Coalesce unit states into gapless runs over the guest range ``[start, end)``, bytes.
 
-    Units not listed are unallocated. Data past ``file_end`` (the length of the image file) reads as zeros. Every
+    Units not listed are unallocated. Data past ``file_end`` (the length of its file) reads as zeros. Every
     compressed cluster stays a run of its own.
     """
     keep = units.kind != RunKind.UNALLOCATED

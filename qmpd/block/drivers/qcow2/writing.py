@@ -25,7 +25,7 @@ from qmpd.block.drivers.qcow2.inflight import Claim
 from qmpd.block.drivers.qcow2.reading import Reader
 from qmpd.block.drivers.qcow2.repair import rebuild_refcounts
 from qmpd.block.drivers.qcow2.single import Single
-from qmpd.block.drivers.qcow2.tables import I64, U64, Bools
+from qmpd.block.drivers.qcow2.tables import I64, MAX_HOST, U64, Bools
 from qmpd.block.extents import RunKind, Runs
 from qmpd.errors import Kind, QmpdError
 from qmpd.units import MIB
@@ -132,7 +132,7 @@ class Writer:
                 high = min(end, (first + row + count) << geometry.cluster_bits)
                 host = int(plan.host[row]) + (low & (geometry.cluster_size - 1))
                 self._image.announce(Event.WRITE_AIO)
-                self._image.file.write(host, data[low - offset : high - offset])
+                self._image.data.write(host, data[low - offset : high - offset])
             with self._image.lock:
                 self._publish(plan, needed)
 
@@ -157,8 +157,9 @@ class Writer:
         try:
             yield plan
         except BaseException:
-            with image.lock:
-                image.alloc.give_back(plan.host[plan.fresh].astype(np.int64) // self._geometry.cluster_size)
+            if not self._geometry.external:
+                with image.lock:
+                    image.alloc.give_back(plan.host[plan.fresh].astype(np.int64) // self._geometry.cluster_size)
             raise
         finally:
             with image.lock:
@@ -174,6 +175,9 @@ class Writer:
         fresh = ~states.exclusive
         self._clusters.check_dropped(states.entries[fresh])
         self._clusters.reserve_tables(clusters)
+        if self._geometry.external:
+            image.check_room(min(int(clusters[-1] + 1) * size, self._reader.size))
+            return Plan(claim, clusters, states, (clusters * size).astype(np.uint64), fresh, MAX_HOST)
         host = states.host.copy()
         virgin = image.alloc.virgin
         count = int(fresh.sum())
@@ -213,13 +217,15 @@ class Writer:
         return needed
 
     def _copy(self, guest: int, host: int, length: int, *, virgin: bool) -> None:
+        if self._geometry.external:  # a data file ends with the disk
+            length = max(0, min(length, self._reader.size - guest))
         content = bytearray(length)
         self._image.announce(Event.COW_READ)
         self._reader.readinto(guest, memoryview(content))
         if virgin and content == bytes(length):
             return  # the file reads as zeros there already
         self._image.announce(Event.COW_WRITE)
-        self._image.file.write(host, content)
+        self._image.data.write(host, content)
 
     def _stretches(self, units: int) -> Iterator[tuple[int, int]]:
         """Byte ranges within a cluster of neighbouring units in a mask."""
@@ -278,9 +284,12 @@ class Writer:
         return Runs(start, length, np.full(len(head), RunKind.DATA, np.uint8), host[head])
 
     def _clear_tail(self, plan: Plan, end: int) -> None:
-        """Behind the end of the disk there must be zeros, or growing it would show old bytes."""
+        """Behind the end of the disk there must be zeros, or growing it would show old bytes.
+
+        Not in a data file, where growing the disk clears them.
+        """
         inner = end & (self._geometry.cluster_size - 1)
-        if inner:
+        if inner and not self._geometry.external:
             host = int(plan.host[-1]) + inner
             self._image.file.write_zeroes(host, self._geometry.cluster_size - inner)
 

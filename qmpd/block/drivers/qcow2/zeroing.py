@@ -84,6 +84,9 @@ class Eraser:
             mask = (geometry.cluster_size - 1, geometry.unit_size)
             wanted[-1] &= np.uint64((1 << ((((end - 1) & mask[0]) // mask[1]) + 1)) - 1)
             wanted[0] &= np.uint64(self._clusters.all_units & ~((1 << ((start & mask[0]) // mask[1])) - 1))
+        if self._image.header.raw_data:
+            self._zero_in_place(start, end, clusters, wanted, unmap=unmap)
+            return
         by_writing = self._set_zero(clusters, wanted, unmap=unmap)
         # A compressed cluster has no flags per sub-cluster.
         for cluster in by_writing.tolist():
@@ -109,6 +112,23 @@ class Eraser:
             rest: I64 = clusters[impossible]
             return rest
 
+    def _zero_in_place(self, start: int, end: int, clusters: I64, wanted: U64, *, unmap: bool) -> None:
+        """Zeros in ``[start, end)`` of a data file that must say by itself what the guest sees.
+
+        Flags say it where the file is not looked at.
+        """
+        image = self._image
+        with image.lock:
+            self._start(clusters)
+            states = self._clusters.load(clusters)
+            stop = min(end, self._reader.size, image.data.length)
+            if stop > start and (states.allocated & wanted).any():
+                image.data.write_zeroes(start, stop - start, unmap=unmap)
+            zero = states.zero | (wanted & ~states.allocated)
+            entries = self._clusters.compose(states.host, states.allocated, zero, states.exclusive)
+            change: Bools = (entries != states.entries).any(axis=1)
+            self._replace(clusters, states.entries, entries, change, dropped=np.zeros_like(change), discard=False)
+
     # -- discard ---------------------------------------------------------------------------------------------------
 
     def discard(self, offset: int, length: int) -> None:
@@ -123,13 +143,16 @@ class Eraser:
         for first, last in self._by_table(low, high):
             if self._image.header.version < 3:
                 self.drop(first // size, last // size, discard=self.pass_discard)
+            elif self._image.header.raw_data:
+                if self.pass_discard and (uncovers or self._has_table(first)):
+                    self._zero_units(first, last, unmap=True)
             else:
                 self._discard_clusters(np.arange(first // size, last // size, dtype=np.int64), every=uncovers)
 
     def _discard_clusters(self, clusters: I64, *, every: bool) -> None:
         """Turn allocated clusters (all of them, if ``every``) into plain zeros."""
         with self._image.lock:
-            if not every and self._clusters.table(int(clusters[0]) >> self._geometry.l2_bits) is None:
+            if not every and not self._has_table(int(clusters[0]) << self._geometry.cluster_bits):
                 return
             self._start(clusters)
             states = self._clusters.load(clusters)
@@ -138,11 +161,18 @@ class Eraser:
             entries = self._clusters.compose(nothing, nothing, zero, np.zeros(len(clusters), np.bool_))
             change: Bools = (entries != states.entries).any(axis=1)
             if not every:
-                change = change & ((states.host != 0) | states.compressed)
+                change = change & (states.mapped | states.compressed)
             self._replace(clusters, states.entries, entries, change, dropped=change, discard=self.pass_discard)
 
+    def _has_table(self, offset: int) -> bool:
+        """Is there an L2 table for the guest offset? Lock held."""
+        return self._clusters.table(offset >> self._geometry.span_bits) is not None
+
     def drop(self, first: int, end: int, *, discard: bool) -> None:
-        """Make clusters ``[first, end)``, within one L2 table, unallocated."""
+        """Make clusters ``[first, end)``, within one L2 table, unallocated.
+
+        The bytes in a data file stay: they may go when nothing on disk refers to them any more.
+        """
         clusters = np.arange(first, end, dtype=np.int64)
         with self._image.lock:
             if self._clusters.table(first >> self._geometry.l2_bits) is None:
@@ -150,6 +180,7 @@ class Eraser:
             self._start(clusters)
             states = self._clusters.load(clusters)
             change: Bools = np.asarray(states.entries.any(axis=1))
+            discard = discard and not self._geometry.external
             self._replace(
                 clusters, states.entries, np.zeros_like(states.entries), change, dropped=change, discard=discard
             )
@@ -177,7 +208,23 @@ class Eraser:
         self._clusters.store(clusters[change], new[change])
         if dropped.any():
             self._image.alloc.free_later(self._clusters.host_clusters(old[dropped]), discard=discard)
+        if discard and self._geometry.external:
+            self._discard_data(clusters[dropped & self._geometry.mapped(old[:, 0])])
         self._image.settle()
+
+    def _discard_data(self, clusters: I64) -> None:
+        """Give up what a data file has of these clusters, at once: the next to write there will get the same place.
+
+        The old entries may still be on disk then, but what was discarded or zeroed may be zeros after a crash too.
+        """
+        if not len(clusters):
+            return
+        size, end = self._geometry.cluster_size, min(self._reader.size, self._image.data.length)
+        heads = np.flatnonzero(np.diff(clusters, prepend=-2) != 1)
+        for first, last in zip(heads, np.append(heads[1:], len(clusters)) - 1, strict=True):
+            low, high = int(clusters[first]) * size, min((int(clusters[last]) + 1) * size, end)
+            if high > low:
+                self._image.data.discard(low, high - low)
 
     def _by_table(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """``[start, end)`` cut where L2 tables end."""
