@@ -87,6 +87,8 @@ class Structure:
     raw: bytes
     errors: list[str] = field(default_factory=list)
     leaks: int = 0
+    #: Do two entries of the active tables refer to one cluster? No writer does that, and none sets flags right then.
+    ambiguous: bool = False
 
     def __post_init__(self) -> None:
         (self.version, self.bits) = struct.unpack_from(">I12xI", self.raw, 4)
@@ -110,6 +112,9 @@ class Structure:
         self._refer("header", 0, self.size)
         active = self._words("L1 table", l1, l1_size * 8)
         maps = [self._map(active)]
+        plain = np.concatenate((active, maps[0]))
+        plain = plain[(plain & np.uint64(COMPRESSED) == 0) & (plain & np.uint64(OFFSET) != 0)] & np.uint64(OFFSET)
+        self.ambiguous = len(np.unique(plain)) < len(plain)
         rows = _snapshot_rows(self.raw, count, offset)
         if rows:
             self._refer("snapshot table", offset, rows[-1][4] - offset)

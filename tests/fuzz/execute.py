@@ -230,7 +230,8 @@ def _sound(model: Model) -> bool:
     try:
         if any(row[1] * 8 > end for row in _snapshot_rows(model.raw, model.snapshots, model.snapshot_table)):
             return False
-        return not Structure(model.raw).errors
+        structure = Structure(model.raw)
+        return not structure.errors and not structure.ambiguous
     except (ValueError, IndexError, OverflowError, struct.error):
         return False
 
