@@ -27,6 +27,7 @@ from tests.replay import hosts, normal
 from tests.replay.deviations import MismatchError
 from tests.replay.guest import CONNECTED_EARLIER, Guest
 from tests.replay.normal import Message, StepEvent
+from tests.replay.views import Views
 
 _SENT_AT_ONCE = ("block-commit", "block-stream")
 _SETTLE_LIMIT = 3.0  # seconds a job may go on before a command is sent all the same
@@ -44,11 +45,12 @@ class UnsoundError(AssertionError):
 def replay(case: dict[str, Any], directory: Path, *, play: type[Play] | None = None) -> None:
     """Raise MismatchError unless the program under test does what was recorded, with its images in ``directory``.
 
-    Raises UnsoundError if it damages one, whatever else it does.
+    Raises UnsoundError if it damages one, and ChangedViewError if a guest sees something else, whatever else it does.
     """
     for argv in case["setup"]:
         subprocess.run(argv, cwd=directory, check=True, capture_output=True)
     check_images(case, directory, before=True)
+    views = Views(case, directory)
     unprivileged = any(argv[0] == "chmod" for argv in case["setup"])
     try:
         _converse(case, directory, play or Play, unprivileged=unprivileged)
@@ -56,6 +58,7 @@ def replay(case: dict[str, Any], directory: Path, *, play: type[Play] | None = N
     finally:
         if under_test() != PEER:
             check_soundness(directory)
+            views.compare()
 
 
 def _converse(case: dict[str, Any], directory: Path, play: type[Play], *, unprivileged: bool) -> None:
