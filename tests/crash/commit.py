@@ -51,7 +51,7 @@ def _run_job(client: Client, command: str, names: dict[str, str], *, active: boo
 
 def _add_nodes(client: Client, scenario: Scenario, directory: Path) -> None:
     """Read-only below, the overlays as their headers say; only the first one is writable."""
-    for name in scenario.files:
+    for name in scenario.images:
         if scenario.offline and name in scenario.overlays:
             continue
         node = "base" if name == scenario.base_file else name

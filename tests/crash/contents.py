@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmpd.block.drivers.qcow2 import Qcow2
-from tests.block.qcow2.support import MemoryFile, read
+from tests.block.qcow2.support import MemoryFile, children, read
 
 Images = dict[str, bytes]
 Array = npt.NDArray[Any]
@@ -22,6 +22,7 @@ COPIED: Final = 1 << 63
 COMPRESSED: Final = 1 << 62
 OFFSET: Final = 0x00FFFFFFFFFFFE00
 DIRTY: Final = 1
+EXTERNAL: Final = 4
 
 
 class DamageError(AssertionError):
@@ -33,13 +34,20 @@ def chain(images: Images, name: str, **changed: bytes) -> Any:
     raw = changed.get("raw", images[name])
     if name.endswith(".raw"):
         return MemoryFile(raw)
-    image = Qcow2.open({"file": MemoryFile(raw)}, {}, read_only=True)
+    image = open_image(images, raw, read_only=True)
     reference = image.backing_reference
     if reference is not None:
         if reference.filename not in images or not reference.filename.endswith(reference.format or ""):
             raise DamageError(f"{name}: the header names {reference}")
         image.attach("backing", chain(images, reference.filename))
     return image
+
+
+def open_image(images: Images, raw: bytes, *, read_only: bool) -> Qcow2:
+    """One image, with the data file that it names."""
+    file = MemoryFile(raw)
+    name = Qcow2.named_data_file(file)
+    return Qcow2.open(children(file, MemoryFile(images[name]) if name else None), {}, read_only=read_only)
 
 
 def view(images: Images, name: str, **changed: bytes) -> bytes:
@@ -87,7 +95,7 @@ class Structure:
     raw: bytes
     errors: list[str] = field(default_factory=list)
     leaks: int = 0
-    #: Do two entries of the active tables refer to one cluster? No writer does that, and none sets flags right then.
+    #: Does an active entry share its cluster with another one? No writer does that, and none sets flags right then.
     ambiguous: bool = False
 
     def __post_init__(self) -> None:
@@ -97,12 +105,13 @@ class Structure:
         self.references = np.zeros(self.clusters + 1, np.int64)
         self.words = 1
         self.order = 4
-        self.dirty = False
+        self.dirty = self.external = False
         if self.version >= 3:
             (incompatible,) = struct.unpack_from(">Q", self.raw, 72)
             (self.order,) = struct.unpack_from(">I", self.raw, 96)
             self.words = 2 if incompatible & 16 else 1
             self.dirty = bool(incompatible & DIRTY)
+            self.external = bool(incompatible & EXTERNAL)
             if incompatible & 2:
                 self.errors.append("marked as corrupt")
         self._walk()
@@ -114,7 +123,8 @@ class Structure:
         maps = [self._map(active)]
         plain = np.concatenate((active, maps[0]))
         plain = plain[(plain & np.uint64(COMPRESSED) == 0) & (plain & np.uint64(OFFSET) != 0)] & np.uint64(OFFSET)
-        self.ambiguous = len(np.unique(plain)) < len(plain)
+        own = np.minimum((plain // np.uint64(self.size)).astype(np.int64), self.clusters)
+        self.ambiguous = not self.external and bool((self.references[own] > 1).any())
         rows = _snapshot_rows(self.raw, count, offset)
         if rows:
             self._refer("snapshot table", offset, rows[-1][4] - offset)
@@ -136,7 +146,8 @@ class Structure:
         plain = entries[(entries & np.uint64(COMPRESSED) == 0) & (entries & np.uint64(OFFSET) != 0)]
         where = (plain & np.uint64(OFFSET)).astype(np.int64) // self.size
         flagged = plain & np.uint64(COPIED) != 0
-        wrong = flagged != (counts[np.minimum(where, self.clusters)] == 1)
+        alone = counts[np.minimum(where, self.clusters)] == 1
+        wrong = ~flagged if self.external and kind == "L2" else flagged != alone
         if wrong.any():
             self.errors.append(f"{kind} entry {int(plain[wrong][0]):#x}: copied flag and refcount disagree")
 
@@ -166,6 +177,10 @@ class Structure:
             tables.append(words[:, 0])
         entries: Array = np.concatenate(tables)
         compressed = entries & np.uint64(COMPRESSED) != 0
+        if self.external:
+            if compressed.any():
+                self.errors.append("a compressed cluster with a data file")
+            return entries
         hosts = (entries[~compressed] & np.uint64(OFFSET)).astype(np.int64)
         hosts = hosts[hosts != 0]
         if (hosts % self.size).any():

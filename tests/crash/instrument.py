@@ -179,9 +179,15 @@ def _no_flush() -> None:
     os.fdatasync = lambda fd: None
 
 
+def _data_not_flushed() -> None:
+    flush = os.fdatasync
+    os.fdatasync = lambda fd: None if _name(fd).endswith("data.raw") else flush(fd)
+
+
 SABOTAGE: Final[dict[str, Callable[[], None]]] = {
     "mappings before counts": _mappings_before_counts,
     "frees before mappings": _frees_before_mappings,
     "header in one write": _header_in_one_write,
     "no flush": _no_flush,
+    "data not flushed": _data_not_flushed,
 }

@@ -5,11 +5,9 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from qmpd.block.drivers.qcow2 import Qcow2
 from qmpd.errors import QmpdError
-from tests.block.qcow2.support import MemoryFile
 from tests.crash.commit import commit
-from tests.crash.contents import DamageError, Images, Structure, backing_name, snapshots, view
+from tests.crash.contents import DamageError, Images, Structure, backing_name, open_image, snapshots, view
 from tests.crash.scenarios import Prepared, run
 from tests.crash.server import Server
 
@@ -21,7 +19,7 @@ def judge(prepared: Prepared, images: Images, *, told: bool = False) -> None:
     """
     for name, raw in images.items():
         if raw is not prepared.images[name] and name.endswith(".qcow2"):
-            _judge_structure(name, raw)
+            _judge_structure(images, name, raw)
     try:
         _judge_views(prepared, images)
         if told:
@@ -30,12 +28,12 @@ def judge(prepared: Prepared, images: Images, *, told: bool = False) -> None:
         raise DamageError(f"not readable: {error!r}") from error
 
 
-def _judge_structure(name: str, raw: bytes) -> None:
+def _judge_structure(images: Images, name: str, raw: bytes) -> None:
     structure = Structure(raw)
     if structure.errors:
         raise DamageError(f"{name}: {'; '.join(structure.errors)}")
     try:
-        Qcow2.open({"file": MemoryFile(raw)}, {}, read_only=False).write_zeroes(0, 512)
+        open_image(images, raw, read_only=False).write_zeroes(0, 512)
     except QmpdError as error:
         raise DamageError(f"{name}: not writable: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ class Scenario:
 
     @property
     def files(self) -> list[str]:
+        """From the bottom up, data files first."""
+        return [*re.findall("data_file=([^,]+)", f"{self.base},{self.mid}"), *self.images]
+
+    @property
+    def images(self) -> list[str]:
         """From the bottom up."""
         found = ["bottom.qcow2"] if self.bottom else []
         return [*found, self.base_file, "mid.qcow2", *self.overlays]
@@ -174,6 +180,26 @@ SCENARIOS: Final = (
         in_base=("write -P 0x10 0 512k",),
         in_mid=("write -P 0x20 64k 64k", "write -P 0x21 448k 256k"),
         reflink=True,
+    ),
+    Scenario(
+        "data file",
+        size=("512k", "1M", "1M"),
+        base="cluster_size=4k,data_file=data.raw",
+        in_base=("write -P 0x10 0 256k", "write -z 300k 40k"),
+        in_mid=("write -P 0x20 100k 190k", "write -z 20k 30k", "write -P 0x21 510k 80k", "write -P 0x22 3k 2k"),
+    ),
+    Scenario(
+        "raw data file",
+        base="cluster_size=4k,data_file=data.raw,data_file_raw=on",
+        in_base=("write -P 0x10 0 256k",),
+        in_mid=("write -P 0x20 100k 190k", "write -z 20k 30k", "write -P 0x21 510k 80k"),
+    ),
+    Scenario(
+        "offline, emptied with its data file",
+        mid="cluster_size=4k,data_file=data.raw",
+        in_base=("write -P 0x10 0 256k",),
+        in_mid=("write -P 0x20 100k 300k", "write -z 600k 40k", "write -P 0x21 900k 3k"),
+        offline=True,
     ),
     Scenario(
         "active layer",

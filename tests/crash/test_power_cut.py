@@ -30,6 +30,7 @@ BROKEN = (
     ("mappings before counts", "version 2"),
     ("frees before mappings", "snapshots"),
     ("header in one write", "raw base grows"),
+    ("data not flushed", "data file"),
 )
 
 

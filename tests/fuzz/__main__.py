@@ -40,7 +40,7 @@ def run(seed: int, first: int, count: int, *, patience: int = PATIENCE) -> tuple
         if patience:
             signal.alarm(patience)
         try:
-            execute(raw, rng, outcomes, measure=number % MEASURE == 0)
+            execute(raw, source.data, rng, outcomes, measure=number % MEASURE == 0)
         except Exception as error:  # noqa: BLE001 - whatever it is, it was found
             where = traceback.extract_tb(error.__traceback__)[-1]
             failures.append(

@@ -12,7 +12,7 @@ from typing import Any, Final
 from qmpd.block.batch import Batch
 from qmpd.block.drivers.qcow2 import Qcow2
 from qmpd.errors import Kind, QmpdError
-from tests.block.qcow2.support import MemoryFile, read
+from tests.block.qcow2.support import MemoryFile, children, read
 from tests.crash.contents import Structure, _snapshot_rows
 from tests.fuzz.model import Model, UnreadableError
 
@@ -88,17 +88,19 @@ class Guarded(MemoryFile):
             raise FoundError(f"{self.requests} requests, {self.moved} bytes: is there an end?")
 
 
-def execute(raw: bytes, rng: random.Random, outcomes: Counter[str], *, measure: bool = False) -> None:
-    """Do everything to the image ``raw``. Anything raised is a fault of the driver.
+def execute(
+    raw: bytes, data: bytes | None, rng: random.Random, outcomes: Counter[str], *, measure: bool = False
+) -> None:
+    """Do everything to the image ``raw`` with the data file ``data``. Anything raised is a fault of the driver.
 
     ``outcomes`` counts what happened; with ``measure`` the memory used is looked at as well, which takes time.
     """
     if measure:
         tracemalloc.start()
     try:
-        _read(raw, rng, outcomes)
+        _read(raw, data, rng, outcomes)
         if not rng.randrange(3):
-            _write(raw, rng, outcomes)
+            _write(raw, data, rng, outcomes)
         if measure:
             outcomes["measured"] += 1
             peak = tracemalloc.get_traced_memory()[1]
@@ -109,13 +111,13 @@ def execute(raw: bytes, rng: random.Random, outcomes: Counter[str], *, measure: 
             tracemalloc.stop()
 
 
-def _read(raw: bytes, rng: random.Random, outcomes: Counter[str]) -> None:
+def _read(raw: bytes, data: bytes | None, rng: random.Random, outcomes: Counter[str]) -> None:
     try:
-        image = Qcow2.open({"file": Guarded(raw)}, {}, read_only=True)
+        image = Qcow2.open(children(Guarded(raw), None if data is None else Guarded(data)), {}, read_only=True)
     except QmpdError:
         outcomes["refused"] += 1
         return
-    model = Model(raw)
+    model = Model(raw, data)
     if image.length != model.size:
         raise FoundError(f"length {image.length}, not {model.size}")
     fine = True
@@ -170,19 +172,21 @@ def _compare(image: Qcow2, model: Model, offset: int, length: int) -> bool:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def _write(raw: bytes, rng: random.Random, outcomes: Counter[str]) -> None:
-    file = Guarded(raw)
+def _write(raw: bytes, data: bytes | None, rng: random.Random, outcomes: Counter[str]) -> None:
+    file, beside = Guarded(raw), None if data is None else Guarded(data)
     try:
-        image = Qcow2.open({"file": file}, {}, read_only=False)
+        image = Qcow2.open(children(file, beside), {}, read_only=False)
     except QmpdError:
         outcomes["not writable"] += 1
         if file.content != raw and not (len(raw) >= 80 and raw[79] & 1):
             raise FoundError("refused, but changed") from None
         return
-    model = Model(bytes(file.content))
+    model = Model(bytes(file.content), data)
     file.cluster_size = model.cs
     clusters = len(model.raw) // model.cs + 1
     file.forbidden = model.metadata() | {c for c in range(clusters) if model.refcount(c) > 1}
+    if beside is not None:
+        file.forbidden = set(range(FULL // model.cs))
     sound = _sound(model)
     before = _views(image, model)
     ranges = _change(image, rng, outcomes)
@@ -194,7 +198,7 @@ def _write(raw: bytes, rng: random.Random, outcomes: Counter[str]) -> None:
         ranges = [(offset, length, False) for offset, length, _ in ranges]
     if sound:
         outcomes["sound"] += 1
-        _judge(bytes(file.content), before, ranges)
+        _judge(Model(bytes(file.content), None if beside is None else bytes(beside.content)), before, ranges)
 
 
 def _change(image: Qcow2, rng: random.Random, outcomes: Counter[str]) -> list[tuple[int, int, bool]]:
@@ -247,10 +251,9 @@ def _views(image: Qcow2, model: Model) -> dict[int, bytes]:
     return found
 
 
-def _judge(raw: bytes, before: dict[int, bytes], ranges: list[tuple[int, int, bool]]) -> None:
+def _judge(after: Model, before: dict[int, bytes], ranges: list[tuple[int, int, bool]]) -> None:
     """A sound image is sound afterwards, has what was written, and the rest as it was."""
-    after = Model(raw)
-    if not after.incompatible & 2 and (errors := Structure(raw).errors):
+    if not after.incompatible & 2 and (errors := Structure(after.raw).errors):
         raise FoundError(f"sound before the write, but now: {errors[0]}")
     for number, old in before.items():
         start, end = number * after.cs, (number + 1) * after.cs

@@ -10,6 +10,7 @@ import zstandard
 
 OFFSET: Final = 0x00FFFFFFFFFFFE00
 COMPRESSED: Final = 1 << 62
+COPIED: Final = 1 << 63
 
 
 class UnreadableError(Exception):
@@ -31,7 +32,9 @@ def _unzstd(stream: bytes, length: int) -> bytes:
 class Model:
     """One image, whose header has been accepted. Offsets in bytes."""
 
-    def __init__(self, raw: bytes) -> None:
+    def __init__(self, raw: bytes, data: bytes | None = None) -> None:
+        """``data``: the data file, of an image that has one."""
+        self.data = data
         self.raw = raw.ljust(-(-len(raw) // 512) * 512, b"\0")
         self.version, self.bits = struct.unpack_from(">I12xI", raw, 4)
         self.cs = 1 << self.bits
@@ -76,6 +79,8 @@ class Model:
         if not table:
             return zeros
         entry = self.word(table + 8 * self.words * row)
+        if self.data is not None:
+            return self._external(entry, number)[low:high]
         if entry & COMPRESSED:
             return self._decompress(entry)[low:high]
         host = entry & OFFSET
@@ -88,6 +93,22 @@ class Model:
                 raise UnreadableError("zero flag in version 2")
             return zeros
         return self.bytes_at(host + low, high - low) if host else zeros
+
+    def _external(self, entry: int, number: int) -> bytes:
+        """A cluster of an image with a data file (and without sub-clusters)."""
+        host, zeros = entry & OFFSET, bytes(self.cs)
+        if entry & COMPRESSED:
+            raise UnreadableError("compressed cluster with a data file")
+        if host % self.cs:
+            raise UnreadableError("cluster unaligned")
+        if entry & 1 and not host:
+            return zeros
+        if not host and not entry & COPIED:
+            return zeros
+        if host != number * self.cs:
+            raise UnreadableError("cluster elsewhere than the guest has it")
+        assert self.data is not None
+        return zeros if entry & 1 else self.data[host : host + self.cs].ljust(self.cs, b"\0")
 
     def _subclusters(self, host: int, bitmap: int, low: int, high: int) -> bytes:
         allocated, zero = bitmap & 0xFFFFFFFF, bitmap >> 32

@@ -25,6 +25,8 @@ class Seed:
     tables: tuple[tuple[int, int], ...]
     #: Bytes of other structures: extensions, refcounts, the snapshot table, compressed streams, a bitmap directory.
     areas: tuple[tuple[int, int], ...]
+    #: The data file, if the image has one.
+    data: bytes | None = None
 
 
 def _bitmaps(version: int = 3) -> Any:
@@ -76,6 +78,17 @@ def _zstd() -> Any:
     return made
 
 
+def _external(**options: Any) -> Any:
+    """With a data file, which is a little too short."""
+    made = mkimages.Img(cb=12, size=64 * KIB, incompat=mkimages.DATAFILE, **options)
+    made.exts.append((mkimages.EXT_DATA, b"data.raw"))
+    for cluster in (0, 1, 2, 5, 15):
+        made.entry(cluster, cluster * made.cs | mkimages.COPIED)
+    made.zero(7)
+    made.side = ("data.raw", b"".join(bytes([cluster + 1]) * made.cs for cluster in range(16))[: 63 * KIB])
+    return made
+
+
 _MAKERS: Final[tuple[tuple[str, Callable[[], Any]], ...]] = (
     ("plain", lambda: mkimages.full(cb=12, size=64 * KIB)),
     ("512", lambda: mkimages.full(cb=9, size=64 * KIB)),
@@ -88,6 +101,8 @@ _MAKERS: Final[tuple[tuple[str, Callable[[], Any]], ...]] = (
     ("extended", _extended),
     ("zstd", _zstd),
     ("bitmaps", _bitmaps),
+    ("data-file", _external),
+    ("raw-data-file", lambda: _external(autoclear=2)),
     ("dirty", lambda: mkimages.full(cb=12, size=64 * KIB, incompat=mkimages.DIRTY, compat=1)),
 )
 
@@ -111,7 +126,8 @@ def _seed(name: str, made: Any) -> Seed:
         areas.append((made.snap_off, 160))
     known = {0, made.l1_off, made.rt_off, made.rb_off, *(offset for offset, _ in tables)}
     areas += [(offset, min(len(data), 64)) for offset, data in made.chunks.items() if offset not in known]
-    return Seed(name, _content(made), cs, fields, tuple(tables), tuple(areas))
+    data = made.side[1] if hasattr(made, "side") else None
+    return Seed(name, _content(made), cs, fields, tuple(tables), tuple(areas), data)
 
 
 def seeds() -> list[Seed]:

@@ -18,7 +18,7 @@ from qmpd.block.drivers.qcow2.clusters import Clusters
 from qmpd.block.drivers.qcow2.decompress import decompress
 from qmpd.block.drivers.qcow2.single import Single
 from qmpd.errors import QmpdError
-from tests.block.qcow2.support import MemoryFile, read
+from tests.block.qcow2.support import MemoryFile, children, read
 from tests.fixtures import mkimages
 from tests.fuzz.__main__ import run
 from tests.fuzz.execute import Guarded
@@ -45,8 +45,10 @@ def test_the_seeds_are_sound(seed: Seed, tmp_path: Path) -> None:
     need("qemu-img")
     path = tmp_path / "seed.qcow2"
     path.write_bytes(seed.raw)
+    (tmp_path / "data.raw").write_bytes(seed.data or b"")
 
-    assert subprocess.run(["qemu-img", "check", "-q", path], check=False, timeout=60).returncode == 0
+    done = subprocess.run(["qemu-img", "check", "-q", path], check=False, timeout=60, cwd=tmp_path)
+    assert done.returncode == 0
 
 
 def test_the_fuzzer_finds_a_write_to_shared_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,15 +86,17 @@ def _beside_qemu_img(directory: Path, count: int) -> None:
     sources, opened, same = seeds(), 0, 0
     for number in range(count):
         rng = random.Random(f"qemu-img/{SEED}/{number}")
-        raw = mutated(rng.choice(sources), rng)
+        source = rng.choice(sources)
+        raw = mutated(source, rng)
         path = directory / "image.qcow2"
         path.write_bytes(raw)
+        (directory / "data.raw").write_bytes(source.data or b"")
         told = _ask("info", "--output=json", "-f", "qcow2", path)
         if told.returncode:
             with pytest.raises(QmpdError):
-                Qcow2.open({"file": MemoryFile(raw)}, {}, read_only=True).readinto(0, memoryview(bytearray(1)))
+                _over(raw, source).readinto(0, memoryview(bytearray(1)))
             continue
-        image = _opened(raw)
+        image = _opened(raw, source)
         if image is None:
             continue
         opened += 1
@@ -103,11 +107,15 @@ def _beside_qemu_img(directory: Path, count: int) -> None:
     assert same > count // 4
 
 
-def _opened(raw: bytes) -> Qcow2 | None:
+def _over(raw: bytes, source: Seed) -> Qcow2:
+    return Qcow2.open(children(MemoryFile(raw), source.data and MemoryFile(source.data)), {}, read_only=True)
+
+
+def _opened(raw: bytes, source: Seed) -> Qcow2 | None:
     """The image, or None for what only qmpd refuses."""
     refusal = ""
     try:
-        return Qcow2.open({"file": MemoryFile(raw)}, {}, read_only=True)
+        return _over(raw, source)
     except QmpdError as error:
         refusal = error.desc
     assert any(words in refusal for words in STRICTER)
@@ -132,7 +140,13 @@ def _same_bytes(image: Qcow2, path: Path, target: Path, number: int) -> bool:
 
 def _ask(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["qemu-img", *map(str, arguments)], capture_output=True, text=True, errors="replace", timeout=60, check=False
+        ["qemu-img", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=60,
+        check=False,
+        cwd=Path(arguments[-1]).parent,  # from where it looks for data files
     )
 
 
