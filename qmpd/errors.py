@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 
 class Kind(Enum):
@@ -60,13 +62,16 @@ class QmpdError(Exception):
         path: str | None = None,
         offset: int | None = None,
         errno: int | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> None:
+        """``details``: JSON that clients see who have subscribed to more than the peer tells."""
         super().__init__(desc)
         self.desc = desc
         self.kind = kind
         self.node = node
         self.path = path
         self.offset = offset
+        self.details = details
         self.errno = errno if errno is not None else _KIND_ERRNO.get(kind, _errno.EIO)
 
     @property
@@ -82,7 +87,13 @@ class QmpdError(Exception):
     def prefixed(self, prefix: str) -> QmpdError:
         """The same error with ``prefix`` in front of its text (QEMU's error_prepend)."""
         return QmpdError(
-            prefix + self.desc, self.kind, node=self.node, path=self.path, offset=self.offset, errno=self.errno
+            prefix + self.desc,
+            self.kind,
+            node=self.node,
+            path=self.path,
+            offset=self.offset,
+            errno=self.errno,
+            details=self.details,
         )
 
 

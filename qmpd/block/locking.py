@@ -5,7 +5,7 @@ Four permissions, two bytes of the image file each: one says "I hold it" (100 + 
 else holds the opposite byte. The caller locks first and tests then, so of two racing openers both may lose but never
 both win. Source: spec/image-locking.md.
 
-Pure functions over a descriptor (read-only is enough). A set of locks is a mask of eight bits: the low four are
+Functions over a descriptor (read-only is enough). A set of locks is a mask of eight bits: the low four are
 permissions held, the high four permissions not shared. All raise QmpdError. Any thread, though two threads must not
 change one descriptor's locks at a time.
 """
@@ -15,12 +15,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import logging
 import os
 import struct
 from typing import Final
 
 from qmpd.block.api import Perm
+from qmpd.block.lockholders import find_holders
 from qmpd.errors import Kind, QmpdError, from_oserror
+
+_log = logging.getLogger(__name__)
 
 #: Lock commands of open file descriptions, which belong to the open file and not to the process.
 _OFD_GETLK: Final = 36
@@ -62,7 +66,7 @@ def lock(fd: int, locks: int) -> None:
             _apply(fd, fcntl.F_RDLCK, byte)
         except OSError as error:
             unlock(fd, taken)
-            raise _cannot_lock(byte, error) from error
+            raise _named(_cannot_lock(byte, error), fd, byte) from error
         taken |= bit
 
 
@@ -76,13 +80,20 @@ def unlock(fd: int, locks: int) -> None:
 
 
 def test(fd: int, locks: int) -> None:
-    """Raise if another open file holds a lock that contradicts ``locks`` (kind LOCKED, QEMU's text)."""
+    """Raise if another open file holds a lock that contradicts ``locks`` (kind LOCKED, QEMU's text).
+
+    Who that is goes to the log and into the error's details, where the kernel tells.
+    """
     for index, name in enumerate(_NAMES):
-        if locks >> index & 1 and _held_elsewhere(fd, _UNSHARED_BYTE + index):
-            raise QmpdError(f'Failed to get "{name}" lock', Kind.LOCKED, errno=errno.EAGAIN)
+        byte = _UNSHARED_BYTE + index
+        if locks >> index & 1 and _held_elsewhere(fd, byte):
+            error = QmpdError(f'Failed to get "{name}" lock', Kind.LOCKED, errno=errno.EAGAIN)
+            raise _named(error, fd, byte)
     for index, name in enumerate(_NAMES):
-        if locks >> (index + 4) & 1 and _held_elsewhere(fd, _HELD_BYTE + index):
-            raise QmpdError(f'Failed to get shared "{name}" lock', Kind.LOCKED, errno=errno.EAGAIN)
+        byte = _HELD_BYTE + index
+        if locks >> (index + 4) & 1 and _held_elsewhere(fd, byte):
+            error = QmpdError(f'Failed to get shared "{name}" lock', Kind.LOCKED, errno=errno.EAGAIN)
+            raise _named(error, fd, byte)
 
 
 def acquire(fd: int, locks: int, *, kept: int = 0) -> None:
@@ -119,6 +130,22 @@ def _held_elsewhere(fd: int, byte: int) -> bool:
     except OSError as error:
         raise _cannot_lock(byte, error) from error
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def _named(error: QmpdError, fd: int, byte: int) -> QmpdError:
+    """The error with the names of those who hold the byte."""
+    holders = find_holders(fd, byte)
+    if holders:
+        error.details = {"held-by": [{"pid": holder.pid, "command": holder.command} for holder in holders]}
+        _log.warning("%s: %s; held by %s", _path(fd), error.desc, ", ".join(map(str, holders)))
+    return error
+
+
+def _path(fd: int) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return "?"
 
 
 def _cannot_lock(byte: int, error: OSError) -> QmpdError:

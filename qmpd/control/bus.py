@@ -120,6 +120,10 @@ class Bus:
         if subscriber in self._subscribers:
             self._subscribers[subscriber] = None
 
+    def is_subscribed(self, subscriber: Subscriber) -> bool:
+        """Has the client asked for more than the peer tells?"""
+        return self._subscribers.get(subscriber) is not None
+
     # -- progress ------------------------------------------------------------------------------------------------------
 
     @property

@@ -42,9 +42,18 @@ def success(result: Any, id: Any = NO_ID, *, pretty: bool = False) -> bytes:  # 
     return _line({"return": result, "id": id}, pretty)
 
 
-def error(qmp_class: str, desc: str, id: Any = NO_ID, *, pretty: bool = False) -> bytes:  # noqa: A002
-    """The reply to a command that failed, or that none could be made of."""
-    complaint = {"class": qmp_class, "desc": desc}
+def error(
+    qmp_class: str,
+    desc: str,
+    id: Any = NO_ID,  # noqa: A002
+    *,
+    details: Mapping[str, Any] | None = None,
+    pretty: bool = False,
+) -> bytes:
+    """The reply to a command that failed, or that none could be made of; ``details`` only qmpd's errors have."""
+    complaint: dict[str, Any] = {"class": qmp_class, "desc": desc}
+    if details is not None:
+        complaint["x-qmpd-details"] = details
     return _line({"error": complaint} if id is NO_ID else {"id": id, "error": complaint}, pretty)
 
 

@@ -19,7 +19,7 @@ Source: spec/qmp-protocol.md sections 6, 8 and 9.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
@@ -113,9 +113,9 @@ class Session:
         """The success of ``request``; ``result`` is made of JSON values, ``{}`` if there is nothing to tell."""
         return messages.success(result, request.id, pretty=self.pretty)
 
-    def fail(self, request: Request, qmp_class: str, desc: str) -> bytes:
+    def fail(self, request: Request, qmp_class: str, desc: str, details: Mapping[str, Any] | None = None) -> bytes:
         """The failure of ``request``."""
-        return messages.error(qmp_class, desc, request.id, pretty=self.pretty)
+        return messages.error(qmp_class, desc, request.id, details=details, pretty=self.pretty)
 
     def refuse(self, request: Request) -> bytes:
         """The answer to every out-of-band request for a command that exists: no command takes part."""

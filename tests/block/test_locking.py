@@ -14,6 +14,7 @@ import pytest
 
 from qmpd.block import locking
 from qmpd.block.api import Perm
+from qmpd.block.lockholders import find_holders
 from qmpd.block.storage.file import FileStorage, create_file
 from qmpd.errors import Kind, QmpdError
 from qmpd.units import MIB
@@ -297,3 +298,49 @@ for _ in range(300):
     words = [sys.executable, "-c", program, str(image), str(locking.mask(*QCOW2_WRITER))]
     racers = [subprocess.Popen(words) for _ in range(2)]
     assert [racer.wait(60) for racer in racers] == [0, 0]
+
+
+# -- whose lock it is --------------------------------------------------------------------------------------------------
+
+
+def test_holders_are_found_by_byte(image: Path, fd: int) -> None:
+    """Other processes, this one through another descriptor, but not the descriptor that asks."""
+    program = f"""
+import os, sys
+from qmpd.block import locking
+fd = os.open({str(image)!r}, os.O_RDONLY)
+locking.lock(fd, 0b0010_0001)
+print(flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        mine = os.open(image, os.O_RDONLY)
+        locking.lock(mine, 0b0001)
+        locking.lock(fd, 0b0010)
+        found = {byte: {holder.pid for holder in find_holders(fd, byte)} for byte in (100, 101, 201, 203)}
+        [named] = find_holders(fd, 201)
+        assert named.command == Path(f"/proc/{other.pid}/comm").read_text().strip()
+        os.close(mine)
+        other.communicate(b"")
+    assert found == {100: {other.pid, os.getpid()}, 101: set(), 201: {other.pid}, 203: set()}
+
+
+def test_a_refusal_names_the_holder(image: Path, fd: int, caplog: pytest.LogCaptureFixture) -> None:
+    """In the log and in the details; the text is QEMU's alone."""
+    holder = granted(image, *QCOW2_WRITER)
+    with pytest.raises(QmpdError) as caught:
+        locking.acquire(fd, locking.mask(*QCOW2_READER))
+    holder.close()
+    assert caught.value.desc == 'Failed to get shared "write" lock'
+    assert caught.value.details is not None
+    assert [known["pid"] for known in caught.value.details["held-by"]] == [os.getpid()]
+    assert caught.value.prefixed("x: ").details == caught.value.details
+    assert f'{image}: Failed to get shared "write" lock; held by' in caplog.text
+
+
+def test_a_file_that_nobody_locks_has_no_holders(fd: int) -> None:
+    """And neither has a descriptor that is closed."""
+    assert find_holders(fd, 100) == []
+    assert find_holders(-1, 100) == []

@@ -118,9 +118,22 @@ def test_a_reader_of_base_prevents_the_commit_into_it(chain: Chain, daemon: Daem
     chain.verify()
 
 
+def test_the_holder_of_a_lock_is_named(chain: Chain, daemon: Daemon) -> None:
+    """To the log, and to clients who asked for more than the peer tells; the text is the same for all."""
+    with daemon.client() as client, daemon.client() as curious, held_by_qemu_io(chain, "base") as pid:
+        curious.execute("x-qmpd-subscribe")
+        errors = []
+        for asking in (client, curious):
+            reply = asking.call({"execute": "blockdev-add", "arguments": chain.blockdev("base")})
+            errors.append(reply["error"])
+    assert errors[0] == {"class": "GenericError", "desc": WRITER}
+    assert errors[1] == errors[0] | {"x-qmpd-details": {"held-by": [{"pid": pid, "command": "qemu-io"}]}}
+    assert f"{chain.directory}/base.qcow2: {WRITER}; held by qemu-io (pid {pid})" in daemon.stderr()
+
+
 @contextlib.contextmanager
-def held_by_qemu_io(chain: Chain, image: str, *options: str) -> Iterator[None]:
-    """qemu-io with the image open, for writing unless ``options`` say otherwise."""
+def held_by_qemu_io(chain: Chain, image: str, *options: str) -> Iterator[int]:
+    """qemu-io with the image open, for writing unless ``options`` say otherwise; its process id."""
     argv = ["qemu-io", "-f", "qcow2", *options, f"{image}.qcow2"]
     with subprocess.Popen(
         argv, cwd=chain.directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -130,7 +143,7 @@ def held_by_qemu_io(chain: Chain, image: str, *options: str) -> Iterator[None]:
         process.stdin.write("read 0 512\n")
         process.stdin.flush()
         assert "read 512/512" in process.stdout.readline()
-        yield
+        yield process.pid
         process.stdin.write("quit\n")
 
 
