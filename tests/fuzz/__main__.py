@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from types import FrameType
 
 from tests.fuzz.execute import FoundError, execute
@@ -28,10 +29,14 @@ MEMORY = 2 << 30
 #: Every so many executions the memory is measured.
 MEASURE = 499
 _MAX_FAILURES = 20
+#: After so many executions there is a word of how it goes.
+_STRETCH = 20_000
 
 
-def run(seed: int, first: int, count: int, *, patience: int = PATIENCE) -> tuple[Counter[str], list[str]]:
-    """Executions ``first`` and following; what happened, and a line for each failure."""
+def run(
+    seed: int, first: int, count: int, *, patience: int = PATIENCE, tell: Callable[[str], object] = lambda line: None
+) -> tuple[Counter[str], list[str]]:
+    """Executions ``first`` and following; what happened, and a line for each failure, which is told at once."""
     sources, outcomes, failures = seeds(), Counter[str](), list[str]()
     for number in range(first, first + count):
         rng = random.Random(f"{seed}/{number}")
@@ -47,9 +52,12 @@ def run(seed: int, first: int, count: int, *, patience: int = PATIENCE) -> tuple
                 f"--seed {seed} --first {number} --count 1 ({source.name}): {type(error).__name__}: {error}"
                 f" [{where.filename.rpartition('/')[2]}:{where.lineno}]"
             )
+            tell(failures[-1])
             if len(failures) >= _MAX_FAILURES:
                 break
         outcomes["executions"] += 1
+        if outcomes["executions"] % _STRETCH == 0:
+            tell(f"{outcomes['executions']} executions, {len(failures)} failures")
     if patience:
         signal.alarm(0)
     return outcomes, failures
@@ -69,7 +77,9 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable()
     start = time.monotonic()
-    outcomes, failures = run(options.seed, options.first, options.count)
+    outcomes, failures = run(
+        options.seed, options.first, options.count, tell=lambda line: print(line, file=sys.stderr, flush=True)
+    )
     elapsed = time.monotonic() - start
     print("\n".join(failures))
     done = outcomes.pop("executions", 0)
