@@ -193,7 +193,7 @@ class Conformance:
                     device.discard(offset, length)
                     shadow[offset : offset + length] = read(device, offset, length)
             assert read(device, 0, LENGTH) == self.kept(bytes(shadow))
-            check_map(device, 0, LENGTH)
+            self.check_map(device, 0, LENGTH)
 
     def test_many_requests_at_once_are_so_many_requests(self, device: Checked) -> None:
         """Of a batch, what is not left to do has been done: reads as by readinto, writes as by write."""
@@ -242,7 +242,7 @@ class Conformance:
         device.write_zeroes(128 * KIB, 64 * KIB)
         device.write(2 * MIB, noise(1, 1))
         for offset, length in [(0, LENGTH), (1, 3), (65 * KIB, 100 * KIB), (LENGTH - 1, 1)]:
-            check_map(device, offset, length)
+            self.check_map(device, offset, length)
 
     def test_direct_is_the_same_place(self, device: Checked) -> None:
         """Where a file is offered, its bytes are the device's bytes."""
@@ -296,7 +296,7 @@ class Conformance:
         assert device.length == 2 * LENGTH
         assert read(device, 0, MIB) == noise(LENGTH, 4)[:MIB]
         assert read(device, MIB, 2 * LENGTH - MIB) == bytes(2 * LENGTH - MIB)
-        check_map(device, 0, 2 * LENGTH)
+        self.check_map(device, 0, 2 * LENGTH)
 
     # -- together and over time ----------------------------------------------------------------------------------------
 
@@ -336,6 +336,10 @@ class Conformance:
         driver = self.create(tmp_path, LENGTH)
         driver.close()
         driver.close()
+
+    def check_map(self, device: BlockDevice, offset: int, length: int) -> None:
+        """Does the map of the range agree with what can be read there?"""
+        check_map(device, offset, length)
 
     def kept(self, data: bytes) -> bytes:
         """What is left of ``data`` once written."""

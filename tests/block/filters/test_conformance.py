@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from qmpd.block.api import Driver
+from qmpd.block.api import BlockDevice, Driver
 from qmpd.block.batch import Batch
 from qmpd.block.contract import Checked
+from qmpd.block.dirty import DirtyMap
 from qmpd.block.drivers.qcow2 import Qcow2
-from tests.block.conformance import Conformance, checked
+from qmpd.block.extents import RunKind
+from qmpd.block.filters.commit_top import CommitTop
+from qmpd.block.filters.mirror_top import MirrorTop
+from tests.block.conformance import LENGTH, Conformance, checked
 from tests.block.filters.rig import filter_over, new_file, new_qcow2, open_file, owning
 
 
@@ -75,6 +79,42 @@ class TestPreallocate(OverFile):
     options: ClassVar = {"prealloc_size": 1 << 20, "prealloc_align": 65536}
 
 
+class EmptyLayer(OverFile):
+    """A filter whose child is in the backing slot: for map it has nothing of its own."""
+
+    resizes = False
+
+    def check_map(self, device: BlockDevice, offset: int, length: int) -> None:
+        """The layer below has it all."""
+        runs = device.map(offset, length)
+        assert (runs.start, runs.end, runs.kind.tolist()) == (offset, offset + length, [RunKind.UNALLOCATED])
+
+
+class TestMirrorTop(EmptyLayer):
+    """Writing through it, while a job might look at what became dirty."""
+
+    def over(self, below: Driver) -> Driver:
+        return owning(MirrorTop(checked(below), DirtyMap(LENGTH, 65536)), below)
+
+    def test_whatever_is_changed_is_dirty(self, driver: Driver, device: Checked) -> None:
+        """And nothing else is."""
+        assert isinstance(driver, MirrorTop)
+        device.write(70_000, b"x")
+        device.write_zeroes(3 * 65536, 65536)
+        device.discard(5 * 65536, 65536)
+        assert driver.dirty.bytes == 3 * 65536
+
+
+class TestCommitTop(EmptyLayer):
+    """Reading through it, while the image below is written."""
+
+    def over(self, below: Driver) -> Driver:
+        top = CommitTop.open({"backing": checked(below)})
+        for verb in ("write", "write_zeroes", "discard", "flush"):
+            setattr(top, verb, getattr(below, verb))
+        return owning(top, below)
+
+
 class OverQcow2(OverFile):
     """A filter over an image."""
 
@@ -90,6 +130,20 @@ class TestCopyOnReadOverQcow2(OverQcow2):
     """An empty image without a backing file: reading fills it with zeros."""
 
     filter = "copy-on-read"
+
+
+class TestThrottleOverQcow2(OverQcow2):
+    """Without limits."""
+
+    filter = "throttle"
+
+
+class TestMirrorTopOverQcow2(TestMirrorTop, OverQcow2):
+    """As it is in an active commit."""
+
+
+class TestCommitTopOverQcow2(TestCommitTop, OverQcow2):
+    """As it is in a commit."""
 
 
 class TestBlkdebugOverQcow2(OverQcow2):
@@ -126,6 +180,12 @@ class TestQcow2OverAlignedBlkdebug(BelowQcow2):
 
     filter = "blkdebug"
     options: ClassVar = {"align": 4096}
+
+
+class TestQcow2OverThrottle(BelowQcow2):
+    """An image whose file is throttled, without limits."""
+
+    filter = "throttle"
 
 
 class TestQcow2OverPreallocate(BelowQcow2):
