@@ -112,7 +112,11 @@ class Client(Conversation):
         self.events: list[dict[str, Any]] = []
         if negotiate:
             self.greeting = self.message()
-            self.execute("qmp_capabilities")
+            self.send(b'{"execute": "qmp_capabilities"}')
+            # The peer, if it was dialled while it started, sometimes greets twice.
+            while "QMP" in (reply := self.message()):
+                pass
+            self._result(reply)
 
     def message(self, patience: float | None = None) -> dict[str, Any]:
         """The next message, whatever it is. Raises HungError; EOFError if the server has closed."""

@@ -63,7 +63,7 @@ class Exported:
             "writethrough": export.writethrough,
             "allocation-depth": export.allocation_depth,
             # A node that another program has is not to be taken away from it by making the export again.
-            "allow-inactive": export.waives is not None or not node.active,
+            "allow-inactive": export.allow_inactive or not node.active,
         }
         more = {"description": export.description or None, "iothread": self.iothread}
         return row | {name: value for name, value in more.items() if value is not None}

@@ -50,7 +50,8 @@ class NbdExport(Backend):
         self.writethrough = writethrough
         self.allocation_depth = allocation_depth
         self.multi_conn = multi_conn
-        self.waives = (self.perm, SHARED) if allow_inactive else None
+        self.allow_inactive = allow_inactive
+        self.waives = (self.perm, SHARED) if allow_inactive or not writable else None
         self._gate = Gate()
         self._target: Target | None = None
         self._info: ExportInfo | None = None

@@ -439,10 +439,15 @@ class Edit:
         known = edge.device if edge and edge.node.driver is not None else None
         self._slots.setdefault((parent, name), known)
 
-    def _check_child(self, parent: Node, name: str, child: Node) -> None:
+    @staticmethod
+    def check_acyclic(parent: Node, name: str, child: Node) -> None:
+        """Raise if ``parent`` is ``child`` or below it."""
         if child.reaches(parent):
             text = f"Making '{child.name}' a {name} child of '{parent.name}' would create a cycle"
             raise QmpdError(text, node=child.name)
+
+    def _check_child(self, parent: Node, name: str, child: Node) -> None:
+        self.check_acyclic(parent, name, child)
         permissions.check_activity(parent, name, child)
 
     def _add_blocker(self, node: Node, blocker: OpBlocker) -> OpBlocker:

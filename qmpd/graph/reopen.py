@@ -109,6 +109,7 @@ class _Reopening:
     def _link(self, node: Node, slot: str, edge: Edge | None, child: Node) -> None:
         if edge is not None and edge.node is child:
             return
+        self.edit.check_acyclic(node, slot, child)
         if slot == "backing" and not node.opened.supports_backing:
             text = f"Driver '{node.driver_name}' of node '{node.name}' does not support backing files"
             raise QmpdError(text, Kind.UNSUPPORTED, node=node.name)

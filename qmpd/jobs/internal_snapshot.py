@@ -58,7 +58,7 @@ class SnapshotInternal(Action):
         if not node.active:
             raise QmpdError(f"Device '{device}' is inactive", Kind.PERMISSION, node=node.name)
         driver = _keeper(node)
-        if driver is None:
+        if driver is None or driver.read_only:
             text = f"Block format '{node.driver_name}' used by device '{device}' does not support internal snapshots"
             raise QmpdError(text, Kind.UNSUPPORTED, node=node.name)
         if not self._name:

@@ -67,10 +67,11 @@ def plan_commit(graph: Graph, request: CommitRequest) -> CommitPlan:
     overlay = None if active else chain.find_overlay(device, top)
     if overlay is not None:
         overlay.check_op("commit-target")
-    if chain.skip_filters(top) is chain.skip_filters(base):
+    is_same = chain.skip_filters(top) is chain.skip_filters(base)
+    if is_same and not active:
         raise QmpdError("Invalid files for merge: top and base are the same")
     if active:
-        _check_start(graph, request, base)
+        _check_start(graph, request, base, is_same=is_same)
     return CommitPlan(request, device, top, base, active)
 
 
@@ -124,8 +125,10 @@ def _is_active(request: CommitRequest, device: Node, top: Node) -> bool:
     return True
 
 
-def _check_start(graph: Graph, request: CommitRequest, base: Node) -> None:
+def _check_start(graph: Graph, request: CommitRequest, base: Node, *, is_same: bool) -> None:
     """What an active commit finds out before there is a job: section 3.2, step 10."""
     graph.rehearse(lambda edit: edit.set_read_only(base, False))
+    if is_same:
+        raise QmpdError("Can't mirror node into itself")
     if request.filter_node_name is not None:
         graph.check_new_name(request.filter_node_name)

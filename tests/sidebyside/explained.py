@@ -22,14 +22,23 @@ def _conflict_with(job: str) -> Callable[[dict[str, Any], str, str], bool]:
 
 
 STREAM_INTO_FILTER = "A stream into a filter"
+ALL_OR_NONE = "Nodes become inactive together or not at all"
+JOB_ON_INACTIVE = "A job that only reads stays a reader of inactive nodes"
 
 
 def _without_prefix(_command: dict[str, Any], ours: str, theirs: str) -> bool:
     return bool(ours) and theirs == f"Could not create node: {ours}"
 
 
+def _link_to_base(command: dict[str, Any], ours: str, theirs: str) -> bool:
+    return (
+        command["execute"] in ("block-stream", "block-commit") and "Cannot change 'backing' link" in ours and not theirs
+    )
+
+
 EXPLANATIONS: tuple[Explanation, ...] = (
     Explanation("A stream whose filter finds no room", _without_prefix),
+    Explanation("The link from the last streamed image to base is frozen", _link_to_base),
     Explanation("Other writers beside an active commit", _conflict_with("commit")),
     Explanation("Other writers beside a stream", _conflict_with("stream")),
 )
@@ -41,8 +50,12 @@ def explain(command: dict[str, Any], ours: Reply, theirs: Reply) -> str | None:
     return next((known.title for known in EXPLANATIONS if known.fits(command, *texts)), None)
 
 
-def explain_state(command: dict[str, Any], ours: Any, theirs: Any) -> str:
+def explain_state(command: dict[str, Any], reply: Reply, ours: Any, theirs: Any) -> str:
     """The title of the deviation that makes a part of the states differ after ``command``; '' for none."""
+    if command["execute"] == "blockdev-set-active" and "error" in reply:
+        return ALL_OR_NONE
+    if command["execute"] == "blockdev-set-active" and any("-main node->" in str(line) for line in ours):
+        return JOB_ON_INACTIVE
     if command["execute"] == "block-stream" and isinstance(ours, list):
         held = [line for line in ours if line not in theirs]
         if any("-intermediate node->" in str(line) for line in held):

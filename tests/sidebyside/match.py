@@ -45,13 +45,15 @@ class Side:
         return {"return": {}} if "return" in reply else json.loads(_GENERATED.sub("#block", json.dumps(reply)))
 
     def state(self) -> dict[str, Any]:
-        """Nodes, links with their permissions, and jobs, in normal form."""
+        """Nodes, links with their permissions, exports, and jobs, in normal form."""
         graph = self.client.execute("x-debug-query-block-graph")
         nodes = self.client.execute("query-named-block-nodes", flat=True)
+        exports = self.client.execute("query-block-exports")
         named = [node for node in nodes if not node["node-name"].startswith("#")]
         return {
             "graph": normal.layout(normal.edges(graph)),
             "nodes": sorted([str(normal.reply(node.get(key))) for key in _NODE_MEMBERS] for node in named),
+            "exports": sorted(_GENERATED.sub("#block", str(sorted(export.items()))) for export in exports),
             "jobs": [{key: job.get(key) for key in _JOB_MEMBERS} for job in self.client.execute("query-jobs")],
         }
 
@@ -80,6 +82,8 @@ def both(directory: Path) -> Iterator[tuple[Side, Side]]:
         contextlib.closing(Client(host.dial())) as ours,
         contextlib.closing(Client(peer.dial())) as theirs,
     ):
+        for client in (ours, theirs):
+            client.execute("nbd-server-start", addr={"type": "unix", "data": {"path": "nbd.sock"}})
         yield Side(ours, places[0]), Side(theirs, places[1])
 
 
@@ -117,7 +121,7 @@ def _compare(command: dict[str, Any], ours: Side, theirs: Side) -> str:
     states = ours.state(), theirs.state()
     for part, value in states[0].items():
         if value != states[1][part]:
-            if why := explain_state(command, value, states[1][part]):
+            if why := explain_state(command, mine, value, states[1][part]):
                 return why
             raise DifferenceError(f"{part}\nqmpd {value}\npeer {states[1][part]}")
     return ""
@@ -128,12 +132,14 @@ def _compare_images(seed: int, directory: Path) -> None:
     for name in [*operations.QCOW2, *operations.RAW]:
         image_format = "qcow2" if name in operations.QCOW2 else "raw"
         pair = [str(directory / side / name) for side in ("qmpd", "peer")]
+        # Names inside json: count from the working directory.
+        here = directory / "qmpd"
         if image_format == "qcow2":
-            _judge(seed, "qemu-img", "check", "-q", pair[0])
-        _judge(seed, "qemu-img", "compare", "-f", image_format, "-F", image_format, *pair)
+            _judge(seed, here, "qemu-img", "check", "-q", pair[0])
+        _judge(seed, here, "qemu-img", "compare", "-f", image_format, "-F", image_format, *pair)
 
 
-def _judge(seed: int, *argv: str) -> None:
-    run = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+def _judge(seed: int, directory: Path, *argv: str) -> None:
+    run = subprocess.run(argv, cwd=directory, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
     if run.returncode:
         raise DifferenceError(f"{' '.join(argv)}: {run.stdout}{run.stderr}\nseed {seed}")

@@ -1,7 +1,7 @@
 """Random commands that change the graph: what a client might send, sensible or not.
 
 Everything is drawn from a small world, so that names meet: nine images, a dozen node names, two throttle groups, two
-jobs. Nothing here knows whether a command will be accepted.
+jobs, two exports, two internal snapshots. Nothing here knows whether a command will be accepted.
 
 What ends qemu-storage-daemon, or what the two do differently from then on, is left out; each time the reason stands
 there.
@@ -34,6 +34,8 @@ RAW = {"plain.img": 7, "disk.img": 8}
 NODES = ("base", "mid", "top", "a", "b", "c", "d", "f0", "f1")
 GROUPS = ("g0", "g1")
 JOBS = ("j0", "j1")
+EXPORTS = ("e0", "e1")
+SNAPSHOTS = ("s0", "s1")
 
 
 def make_images(directory: Path) -> None:
@@ -156,11 +158,49 @@ class Client:
         # To what it is: a size of its own would make the rest of the sequence one about sizes.
         return _command("block_resize", **{"node-name": self._node(), "size": MIB})
 
+    def _internal(self) -> Command:
+        device, name = self._node(), self._random.choice(SNAPSHOTS)
+        if self._random.random() < 0.6:
+            return _command("blockdev-snapshot-internal-sync", device=device, name=name)
+        return _command("blockdev-snapshot-delete-internal-sync", device=device, name=name)
+
+    def _activity(self) -> Command:
+        arguments: Command = {"active": self._random.random() < 0.6}
+        self._sometimes(arguments, 0.8, "node-name", [*NODES])
+        return _command("blockdev-set-active", **arguments)
+
+    def _transaction(self) -> Command:
+        makes = (self._snapshot, self._snapshot, self._internal_take)
+        drawn = [self._random.choice(makes)() for _ in range(self._random.randint(1, 3))]
+        actions = [{"type": command["execute"], "data": command["arguments"]} for command in drawn]
+        if self._random.random() < 0.2:
+            actions.append({"type": "abort", "data": {}})
+        return _command("transaction", actions=actions)
+
+    def _internal_take(self) -> Command:
+        device, name = self._node(), self._random.choice(SNAPSHOTS)
+        return _command("blockdev-snapshot-internal-sync", device=device, name=name)
+
     def _group(self) -> Command:
         name = self._random.choice(GROUPS)
         if self._random.random() < 0.6:
             return _command("object-add", **{"qom-type": "throttle-group", "id": name})
         return _command("object-del", id=name)
+
+    # -- exports ---------------------------------------------------------------------------------------------------
+
+    def _export(self) -> Command:
+        key = self._random.choice(EXPORTS)
+        arguments: Command = {"id": key, "type": "nbd", "node-name": self._node()}
+        self._sometimes(arguments, 0.5, "writable", [True, False])
+        self._sometimes(arguments, 0.1, "name", list(EXPORTS))
+        self._sometimes(arguments, 0.2, "allow-inactive", [True, False])
+        return _command("block-export-add", **arguments)
+
+    def _unexport(self) -> Command:
+        arguments: Command = {"id": self._random.choice(EXPORTS)}
+        self._sometimes(arguments, 0.3, "mode", ["safe", "hard"])
+        return _command("block-export-del", **arguments)
 
     # -- jobs ------------------------------------------------------------------------------------------------------
 
@@ -198,7 +238,8 @@ class Client:
 
     _KINDS: tuple[tuple[Callable[[Client], Command], int], ...] = (
         (_add, 8), (_del, 4), (_reopen, 4), (_snapshot, 3), (_backing_string, 1), (_resize, 1), (_group, 2),
-        (_commit, 3), (_stream, 2), (_verb, 4), (_speed, 1),
+        (_commit, 3), (_stream, 2), (_verb, 4), (_speed, 1), (_internal, 2), (_activity, 2), (_transaction, 2),
+        (_export, 3), (_unexport, 2),
     )  # fmt: skip
 
     # -- pieces ----------------------------------------------------------------------------------------------------
@@ -220,5 +261,5 @@ class Client:
             options[key] = self._random.choice(values)
 
 
-def _command(name: str, **arguments: Any) -> Command:
+def _command(name: str, /, **arguments: Any) -> Command:
     return {"execute": name, "arguments": arguments}

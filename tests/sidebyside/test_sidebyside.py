@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.sidebyside import match
-from tests.sidebyside.explained import EXPLANATIONS, STREAM_INTO_FILTER
+from tests.sidebyside.explained import ALL_OR_NONE, EXPLANATIONS, JOB_ON_INACTIVE, STREAM_INTO_FILTER
 from tests.tools import need
 
 FEW = 12
@@ -46,4 +46,4 @@ def test_many_sequences(tmp_path: Path) -> None:
 def test_what_is_explained_is_documented() -> None:
     """Every difference that the comparison forgives is one that users are told of."""
     titles = {entry["title"] for entry in tomllib.loads(DEVIATIONS.read_text())["deviation"]}
-    assert {STREAM_INTO_FILTER, *(known.title for known in EXPLANATIONS)} <= titles
+    assert {STREAM_INTO_FILTER, ALL_OR_NONE, JOB_ON_INACTIVE, *(known.title for known in EXPLANATIONS)} <= titles
