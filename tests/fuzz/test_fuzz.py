@@ -27,8 +27,10 @@ from tests.fuzz.seeds import Seed, seeds
 from tests.tools import need
 
 SEED = 1
-#: What qmpd does not open, though qemu-img does.
+#: What qmpd does not open, though qemu-img info does, which does without data files.
 STRICTER = ("data-file", "Encrypted", "behind the end of the file")
+#: What qemu-img does not open, though qmpd does, which only lists bitmaps.
+MILDER = ("Could not read bitmap_table",)
 
 
 def test_damaged_images_do_no_harm() -> None:
@@ -88,13 +90,12 @@ def _beside_qemu_img(directory: Path, count: int) -> None:
         rng = random.Random(f"qemu-img/{SEED}/{number}")
         source = rng.choice(sources)
         raw = mutated(source, rng)
-        path = directory / "image.qcow2"
-        path.write_bytes(raw)
+        (directory / "image.qcow2").write_bytes(raw)
         (directory / "data.raw").write_bytes(source.data or b"")
-        told = _ask("info", "--output=json", "-f", "qcow2", path)
+        name = _described(directory, source)
+        told = _ask("info", "--output=json", name)
         if told.returncode:
-            with pytest.raises(QmpdError):
-                _over(raw, source).readinto(0, memoryview(bytearray(1)))
+            assert _fails(raw, source) or any(words in told.stderr for words in MILDER), (number, told.stderr)
             continue
         image = _opened(raw, source)
         if image is None:
@@ -102,9 +103,25 @@ def _beside_qemu_img(directory: Path, count: int) -> None:
         opened += 1
         assert image.length == json.loads(told.stdout)["virtual-size"], number
         if image.length <= 1 << 20 and image.backing_reference is None:
-            same += _same_bytes(image, path, directory / "raw", number)
+            same += _same_bytes(image, name, directory / "raw", number)
     assert opened > count // 3
     assert same > count // 4
+
+
+def _described(directory: Path, source: Seed) -> str:
+    """The image with the data file that the driver is given too, whatever has become of its name."""
+    files = {"file": "image.qcow2", "data-file": "data.raw"} if source.data else {"file": "image.qcow2"}
+    children = {slot: {"driver": "file", "filename": str(directory / name)} for slot, name in files.items()}
+    return "json:" + json.dumps({"driver": "qcow2", **children})
+
+
+def _fails(raw: bytes, source: Seed) -> bool:
+    """Can the image not be opened, or at least not be read?"""
+    try:
+        _over(raw, source).readinto(0, memoryview(bytearray(1)))
+    except QmpdError:
+        return True
+    return False
 
 
 def _over(raw: bytes, source: Seed) -> Qcow2:
@@ -122,16 +139,16 @@ def _opened(raw: bytes, source: Seed) -> Qcow2 | None:
     return None
 
 
-def _same_bytes(image: Qcow2, path: Path, target: Path, number: int) -> bool:
+def _same_bytes(image: Qcow2, name: str, target: Path, number: int) -> bool:
     """Do both read the same? If one cannot, neither can the other."""
-    copied = _ask("convert", "-f", "qcow2", "-O", "raw", path, target)
+    copied = _ask("convert", "-O", "raw", name, target)
     content, refusal = b"", ""
     try:
         content = read(image, 0, image.length)
     except QmpdError as error:
         refusal = error.desc
     if not refusal:
-        assert (number, copied.returncode, copied.stderr) == (number, 0, "")
+        assert (number, copied.returncode) == (number, 0), copied.stderr
         assert target.read_bytes() == content, number
     # A table that lies over another structure is refused here, and read as a table there.
     assert not refusal or copied.returncode or "overlaps with" in refusal, (number, refusal)
@@ -146,7 +163,6 @@ def _ask(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         errors="replace",
         timeout=60,
         check=False,
-        cwd=Path(arguments[-1]).parent,  # from where it looks for data files
     )
 
 

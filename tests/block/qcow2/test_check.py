@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import struct
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,87 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qmpd.block.drivers.qcow2 import Qcow2
-from qmpd.block.findings import MAX_FINDINGS, CheckResult, Severity
-from qmpd.block.storage.file import FileStorage
+from qmpd.block.findings import MAX_FINDINGS, Severity
 from qmpd.errors import QmpdError
-from tests.block.qcow2.support import MemoryFile, children, new_image, read, run
+from tests.block.qcow2.comparing import check, image, ours, status, theirs
+from tests.block.qcow2.support import MemoryFile, new_image, read, run
 from tests.fixtures import mkimages
 from tests.tools import need
 
 KIB, MIB = 1 << 10, 1 << 20
 
-#: Members of qemu-img's answer, left out there when they are 0.
-COUNTS = (
-    "check-errors",
-    "corruptions",
-    "leaks",
-    "image-end-offset",
-    "total-clusters",
-    "allocated-clusters",
-    "fragmented-clusters",
-    "compressed-clusters",
-)
-#: Images of the zoo that one of the two does not open for reasons of its own.
-NOT_COMPARED = {
-    "bad-rt-none",  # refused, as when opened for anything else
-    "bad-backing-loop",  # qemu-img opens the whole chain, the driver one image
-    "bad-backing-gone",
-    "bad-backing-fmt",
-    "bad-backing-fmtwrong",
-    "over-json",
-}
-
-Answer = tuple[int, dict[str, int] | None]
-
-
-@contextmanager
-def image(path: Path, *, read_only: bool = True) -> Iterator[Qcow2]:
-    file = FileStorage.open({}, {"filename": str(path), "locking": "off"}, read_only=read_only)
-    try:
-        named = Qcow2.named_data_file(file)
-        data = FileStorage.open({}, {"filename": str(path.parent / named)}, read_only=read_only) if named else None
-        driver = Qcow2.open(children(file, data), {}, read_only=read_only)
-        try:
-            yield driver
-        finally:
-            driver.close()
-    finally:
-        file.close()
-
-
-def check(driver: Qcow2, *, fix_leaks: bool = False) -> CheckResult:
-    return driver.check(fix_leaks=fix_leaks, pulse=lambda: None)
-
-
-def status(result: CheckResult) -> int:
-    if result.check_errors:
-        return 1
-    if result.corruptions:
-        return 2
-    return 3 if result.leaks else 0
-
-
-def ours(path: Path) -> Answer:
-    """Exit status and counts; no counts if not everything could be checked."""
-    try:
-        with image(path) as driver:
-            result = check(driver)
-    except QmpdError:
-        return 1, None
-    counts = {name: getattr(result, name.replace("-", "_")) for name in COUNTS}
-    return status(result), None if result.check_errors else counts
-
-
-def theirs(path: Path, *options: str) -> Answer:
-    """The same from qemu-img."""
-    command = ["qemu-img", "check", "-f", "qcow2", "--output=json", *options, str(path)]
-    # Data files are looked for from the working directory.
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=path.parent)
-    if done.returncode == 1:
-        return 1, None
-    answer = json.loads(done.stdout)
-    return done.returncode, {name: answer.get(name, 0) for name in COUNTS}
-
+#: What is refused when it is opened, as for anything else: a header without a refcount table.
+NOT_COMPARED = {"bad-rt-none"}
 
 # -- agreement ---------------------------------------------------------------------------------------------------------
 
@@ -190,12 +117,27 @@ def write_damaged(path: Path, damage: tuple[mkimages.Img, list[tuple[int, int]],
         file.truncate(max(512, made.next * made.cs - cut))
 
 
+Damage = tuple[mkimages.Img, list[tuple[int, int]], int]
+
+
 @given(damaged())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_damaged_images(tmp_path: Path, damage: tuple[mkimages.Img, list[tuple[int, int]], int]) -> None:
+def test_damaged_images(tmp_path: Path, damage: Damage) -> None:
     """Whatever is written over the metadata, both find the same."""
+    compare_damaged(tmp_path, damage)
+
+
+@pytest.mark.long
+@given(damaged())
+@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_many_damaged_images(tmp_path: Path, damage: Damage) -> None:
+    """The same for more of them."""
+    compare_damaged(tmp_path, damage)
+
+
+def compare_damaged(directory: Path, damage: Damage) -> None:
     need("qemu-img")
-    path = tmp_path / "damaged.qcow2"
+    path = directory / "damaged.qcow2"
     write_damaged(path, damage)
 
     assert ours(path) == theirs(path)

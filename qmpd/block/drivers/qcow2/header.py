@@ -357,6 +357,8 @@ def _check_tables(header: Header) -> None:
         raise _bad("Image is too big")
     if header.l1_size < needed:
         raise _bad("L1 table is too small")
+    if header.l1_size and header.l1_offset + header.l1_size * 8 > MAX_LENGTH:
+        raise _bad("Could not read L1 table: Input/output error")
 
 
 def _misplaced(offset: int, cluster_size: int) -> bool:
@@ -377,10 +379,10 @@ def _extensions(cluster0: bytes, start: int, end: int) -> tuple[list[tuple[int, 
             raise _bad("Header extension too large")
         magic, length = _EXTENSION.unpack_from(cluster0, offset)
         offset += _EXTENSION.size
-        if magic == EXT_END:
-            break
         if length > end - offset:
             raise _bad("Header extension too large")
+        if magic == EXT_END:
+            break
         if magic == EXT_BACKING_FORMAT and length > MAX_BACKING_FORMAT:
             raise _bad(f"ERROR: ext_backing_format: len={length} too large (>=16)")
         found.append((magic, cluster0[offset : offset + length]))
