@@ -173,3 +173,24 @@ def test_base_cannot_be_exported_for_writing_while_an_active_commit_fills_it(cli
 
 def _reopened(name: str) -> dict[str, Any]:
     return {"driver": "qcow2", "node-name": name, "file": f"{name}-file", "backing": None, "read-only": False}
+
+
+def test_a_client_that_connects_while_an_active_commit_is_pending_loses_nothing(client: Client, tmp_path: Path) -> None:
+    """What it was told is written is there after the pivot, for itself, for old clients and in the file."""
+    export(client, "top", writable=True, name="guest")
+    arguments = {"device": "top", "base_node": "base", "auto_finalize": False}
+    client.execute("block-commit", job_id="j0", **arguments)
+    client.wait_status("j0", "ready")
+    client.execute("job-complete", id="j0")
+    client.wait_status("j0", "pending")
+    run("qemu-io", "-f", "raw", "-c", "write -P 0x55 1M 64k", _URI.format("guest"), cwd=tmp_path)
+    client.execute("job-finalize", id="j0")
+    client.wait_status("j0", "null")
+    assert leads_to(client) == {"guest": "base"}
+    run("qemu-io", "-f", "raw", "-c", "read -P 0x55 1M 64k", _URI.format("guest"), cwd=tmp_path)
+    client.execute("block-export-del", id="guest", mode="hard")
+    for name in ("top", "mid", "base"):
+        client.execute("blockdev-del", node_name=name)
+    reads = ("-c", "read -P 0x22 0 1M", "-c", "read -P 0x55 1M 64k", "-c", "read -P 0x22 1088k 960k")
+    run("qemu-io", "-r", "-f", "qcow2", *reads, "base.qcow2", cwd=tmp_path)
+    run("qemu-img", "check", "-q", "base.qcow2", cwd=tmp_path)
