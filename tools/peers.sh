@@ -14,6 +14,7 @@ need qemu-utils sh -c 'command -v qemu-img && command -v qemu-io && command -v q
 need libnbd-bin sh -c 'command -v nbdinfo && command -v nbdcopy'
 need python3-libnbd sh -c '/usr/bin/python3 -c "import nbd"'
 need socat sh -c 'command -v socat'
+need openssl sh -c 'command -v openssl'
 need xfsprogs sh -c 'command -v mkfs.xfs'
 if [ "${1:-}" = long ]; then
   need fio sh -c 'command -v fio'
@@ -26,8 +27,11 @@ fi
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
   echo "Installing ${packages[*]}"
   export DEBIAN_FRONTEND=noninteractive
-  install=(apt-get install -qq -y --no-install-recommends "${packages[@]}")
-  { "${install[@]}" || { apt-get update -qq && "${install[@]}"; }; } </dev/null >/dev/null 2>&1 && exit 0
+  install=(apt-get install -qq -y --no-install-recommends)
+  # Where one program of QEMU is from the backports, the others must be too.
+  backports=(-t "$(. /etc/os-release && echo "${VERSION_CODENAME:-stable}")-backports")
+  all() { "${install[@]}" "${packages[@]}" || "${install[@]}" "${backports[@]}" "${packages[@]}"; }
+  { all || { apt-get update -qq && all; }; } </dev/null >/dev/null 2>&1 && exit 0
   echo "apt-get could not install them."
 fi
 echo "For all of the tests, type: sudo apt-get install ${packages[*]}"
