@@ -37,7 +37,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Layer:
-    """One image of a chain. ``size`` in bytes; no qcow2 option is set for a raw one."""
+    """One image of a chain. ``size`` in bytes; no qcow2 option is set for a raw one.
+
+    ``data``: whether it has a data file, ``off``, ``on`` or ``raw``.
+    """
 
     size: int
     changes: tuple[Change, ...]
@@ -46,6 +49,7 @@ class Layer:
     version: str = "1.1"
     refcount_bits: int = 16
     extended_l2: bool = False
+    data: str = "off"
 
     @property
     def options(self) -> str:
@@ -109,13 +113,15 @@ def layers(draw: st.DrawFn, sizes: st.SearchStrategy[int], *, may_be_raw: bool) 
         return Layer(size, draw(changes(size, 65536, compressible=False)), format="raw")
     cluster_size = draw(st.sampled_from(CLUSTER_SIZES))
     modern = draw(st.booleans())
+    data = draw(st.sampled_from(["off", "off", "on", "raw" if may_be_raw else "on"])) if modern else "off"
     return Layer(
         size,
-        draw(changes(size, cluster_size, compressible=True)),
+        draw(changes(size, cluster_size, compressible=data == "off")),
         cluster_size=cluster_size,
         version="1.1" if modern else "0.10",
         refcount_bits=draw(st.sampled_from([1, 2, 4, 8, 16, 32, 64])) if modern else 16,
         extended_l2=modern and cluster_size >= EXTENDED_L2_FROM and draw(st.booleans()),
+        data=data,
     )
 
 
@@ -136,6 +142,11 @@ def chains(draw: st.DrawFn, *, one_size: bool = False, full_names: bool | None =
     return Chain((bottom, *overlays), base, top, draw(st.booleans()), draw(names))
 
 
+def data_file(image: Path) -> Path:
+    """Where an image's data file is, if it has one."""
+    return image.with_suffix(".data")
+
+
 def make(chain: Chain, directory: Path) -> list[Path]:
     """The images of a chain, from the bottom up. One qemu-io run an image, from the bottom up."""
     paths: list[Path] = []
@@ -146,6 +157,8 @@ def make(chain: Chain, directory: Path) -> list[Path]:
             below = paths[-1] if chain.full_names else paths[-1].name
             backing = ["-b", str(below), "-F", chain.layers[number - 1].format]
         options = ["-o", layer.options] if layer.options else []
+        if layer.data != "off":
+            options[1] += f",data_file={data_file(path)},data_file_raw={'on' if layer.data == 'raw' else 'off'}"
         run("qemu-img", "create", "-q", "-f", layer.format, *options, *backing, str(path), str(layer.size))
         if layer.changes:
             commands = [argument for change in layer.changes for argument in ("-c", str(change))]

@@ -14,7 +14,8 @@ from qmpd.block.storage.file import FileStorage
 from qmpd.block.trust import Trust
 from qmpd.graph.edit import Graph
 from qmpd.graph.node import Backend, Node
-from qmpd.graph.open import close_node
+from qmpd.graph.open import close_node, close_nodes
+from qmpd.graph.remember import describe, restore
 from qmpd.graph.spec import NodeSpec
 from qmpd.steps import run_steps
 from tests.block.qcow2.support import MemoryFile
@@ -171,3 +172,23 @@ def test_a_node_by_reference(graph: Graph) -> None:
     assert node.children["data-file"].node is data
     run_steps(close_node(graph, node))
     assert graph.nodes == [data]
+
+
+def test_a_restart_brings_both_files_back(graph: Graph) -> None:
+    """The nodes are described with their children; the header is not asked again."""
+    with_data_file("image.qcow2", "data.raw")
+    node = add(graph, qcow2("image.qcow2", "image"))
+    write(graph, node)
+    rows = describe(graph)
+    run_steps(close_node(graph, node))
+
+    after = Graph()
+    assert run_steps(restore(after, rows)) == {}
+
+    again = after.get("image")
+    assert again.children["data-file"].node.filename == "data.raw"
+    assert again.children["file"].role == Role.METADATA | Role.PRIMARY
+    buffer = bytearray(5)
+    again.opened.readinto(0, memoryview(buffer))
+    assert buffer == b"guest"
+    run_steps(close_nodes(after, after.nodes))

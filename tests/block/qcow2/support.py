@@ -157,5 +157,7 @@ def run(*command: str | Path) -> str:
 
 def check_clean(path: Path, *, leaks: bool = False) -> None:
     """qemu-img finds no fault (leaked clusters allowed if ``leaks``)."""
-    done = subprocess.run(["qemu-img", "check", "-f", "qcow2", path], capture_output=True, text=True, timeout=60)
+    command = ["qemu-img", "check", "-f", "qcow2", path.resolve()]
+    # From the directory where it looks for data files.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=path.resolve().parent)
     assert done.returncode in ((0, 3) if leaks else (0,)), done.stdout + done.stderr

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from qmpd.block.contract import Checked
 from qmpd.block.drivers.qcow2 import CreateOptions, Qcow2, create
 from qmpd.block.drivers.qcow2.single import Single
 from qmpd.block.storage.file import FileStorage, create_file
 from tests.block.conformance import checked
-from tests.block.qcow2.support import MemoryFile, check_clean, new_image, read
+from tests.block.qcow2.support import MemoryFile, check_clean, children, new_image, read
 from tests.tools import need
 
 THREADS = 4
@@ -22,6 +23,9 @@ LAYOUTS: list[dict[str, Any]] = [
     {"cluster_size": 4096, "version": "v2"},
     {"cluster_size": 65536},
     {"cluster_size": 16384, "extended_l2": True},
+    {"cluster_size": 4096, "data_file": "data"},
+    {"cluster_size": 4096, "data_file": "data", "data_file_raw": True},
+    {"cluster_size": 16384, "extended_l2": True, "data_file": "data"},
 ]
 
 
@@ -35,11 +39,17 @@ class Crowd:
         create_file(str(path), 0)
         self.storage = FileStorage.open({}, {"filename": str(path)}, read_only=False)
         self.file = checked(self.storage)
-        create(self.file, CreateOptions(len(self.bytes), **layout))
+        self.raw = "data_file_raw" in layout
+        self.data = self._data_file(path.with_name("data")) if "data_file" in layout else None
+        create(self.file, CreateOptions(len(self.bytes), **layout), self.data)
         self.image = self._image()
 
+    def _data_file(self, path: Path) -> Checked:
+        create_file(str(path), 0)
+        return checked(FileStorage.open({}, {"filename": str(path)}, read_only=False))
+
     def _image(self) -> Qcow2:
-        return Qcow2.open({"file": self.file}, {"l2-cache-size": 4 * self.unit}, read_only=False)
+        return Qcow2.open(children(self.file, self.data), {"l2-cache-size": 4 * self.unit}, read_only=False)
 
     def round(self) -> None:
         """Everybody at once; then, with nobody there, perhaps a resize or a new start."""
@@ -55,6 +65,8 @@ class Crowd:
             self.image.close()
             self.image = self._image()
         assert read(self.image, 0, len(self.bytes)) == self.bytes
+        if self.raw and self.data is not None:
+            assert read(self.data, 0, self.data.length) == self.bytes
 
     def _work(self, thread: int, seed: float) -> None:
         rng, stripe = random.Random(seed), max(1, self.unit * 5 // 8)
