@@ -40,7 +40,7 @@ def issue(place: Path, kind: str, common_name: str) -> None:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``ours``: the server's authority and a client of it; ``bare``: that authority alone; ``theirs``: all another's."""
+    """``ours``: the server's authority and its client; ``bare``: that authority alone; ``theirs``: all another's."""
     directory = tmp_path_factory.mktemp("certificates")
     for name in ("ours", "theirs"):
         place = authority(directory, name)
