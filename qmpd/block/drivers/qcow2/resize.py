@@ -168,6 +168,7 @@ class Resizer:
                 self._store_size(size)
                 if geometry.external and getattr(image.data, "growable", False):
                     image.data.truncate(size)
+                    image.data.flush()
         except BaseException:
             self._reader.size = old
             raise
