@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from qmpd.block.api import Perm, Role
 from qmpd.block.drivers.qcow2.create import CreateOptions, check, create
 from qmpd.block.storage.create import create_file
 from qmpd.errors import QmpdError
 from qmpd.graph import filename
-from qmpd.graph.edit import Edit, Graph
+from qmpd.graph.edit import Graph
 from qmpd.graph.node import Backend, Edge, Node
 from qmpd.graph.open import close_node, open_tree
 from qmpd.graph.spec import NodeSpec
@@ -24,6 +24,8 @@ from qmpd.jobs.cell import Cell, Rest
 from qmpd.jobs.header import name_seen_from
 from qmpd.jobs.job import Body, Job, nothing
 from qmpd.steps import Steps
+
+_WRITES: Final = Perm.WRITE | Perm.RESIZE
 
 
 class CreateJob(Job):
@@ -108,8 +110,11 @@ class CreateQcow2(CreateJob):
             data = yield from self._find(self._data_file)
             self._options = replace(self._options, data_file=_data_name(node, data))
             nodes.append(data)
+        # The two must not be one and the same file.
+        shared = Perm.ALL if len(nodes) == 1 else Perm.ALL & ~_WRITES
         with self._graph.edit() as edit:
-            edges = [self._hold(edit, node) for node in nodes]
+            edges = [edit.attach(Backend(), "root", nodes[0], Role.NONE, perm=_WRITES, shared=shared)]
+            edges += [edit.attach(Backend(), "root", data, Role.NONE, perm=_WRITES) for data in nodes[1:]]
         self._edges = edges  # not before the edit has happened: clean() takes them away
 
     def _find(self, wanted: NodeSpec | str) -> Steps[Node]:
@@ -118,10 +123,6 @@ class CreateQcow2(CreateJob):
         node = yield from open_tree(self._graph, wanted)
         self._own.append(node)
         return node
-
-    @staticmethod
-    def _hold(edit: Edit, node: Node) -> Edge:
-        return edit.attach(Backend(), "root", node, Role.NONE, perm=Perm.WRITE | Perm.RESIZE)
 
     def make(self) -> None:
         file, *data = (edge.device for edge in self._edges)

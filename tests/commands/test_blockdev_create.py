@@ -146,6 +146,14 @@ async def test_data_files_that_cannot_be_had(daemon: Daemon) -> None:
     said = await daemon.create_qcow2(size=MIB, **{"data-file": small})
     assert said == "Could not resize image: Cannot grow device files"
     assert daemon.graph.nodes == []
+    Path("a.qcow2").write_bytes(b"something")
+    itself = {"driver": "file", "filename": "a.qcow2"}
+    assert await daemon.create_qcow2(size=MIB, **{"data-file": itself}) == 'Failed to get "write" lock'
+    await daemon.call("blockdev-add", driver="file", node_name="f", filename="a.qcow2")
+    said = await daemon.create(driver="qcow2", file="f", size=MIB, **{"data-file": "f"})
+    assert said is not None
+    assert said.startswith("Permission conflict on node 'f'")
+    assert Path("a.qcow2").read_bytes() == b"something"
 
 
 # -- file --------------------------------------------------------------------------------------------------------------
