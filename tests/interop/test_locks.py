@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -116,6 +119,45 @@ def test_a_reader_of_base_prevents_the_commit_into_it(chain: Chain, daemon: Daem
     daemon.exit_status()
     assert chain.backing_of("top") == "base.qcow2"
     chain.verify()
+
+
+@pytest.mark.parametrize("other", [QMPD, PEER], ids=["another qmpd", "the peer"])
+def test_a_crowd_at_one_image(chain: Chain, other: Program) -> None:
+    """Three who open and close it as fast as they can: a writer is always alone, readers may be together."""
+    inside: list[tuple[int, bool]] = []
+    done: list[tuple[int, bool]] = []
+    refusals: set[str] = set()
+    guard = threading.Lock()
+
+    def work(number: int, client: Client) -> None:
+        rng = random.Random(number)
+        for _ in range(15):
+            me = number, rng.random() < 0.6
+            try:
+                client.execute_with("blockdev-add", chain.blockdev("base", read_only=me[1]))
+            except CommandError as error:
+                refusals.add(error.desc)
+                continue
+            with guard:
+                assert not inside or (me[1] and all(reads for _, reads in inside)), (me, inside)
+                inside.append(me)
+                done.append(me)
+            with guard:
+                inside.remove(me)
+            client.execute("blockdev-del", node_name="base")
+
+    with (
+        client_of(QMPD, chain) as first,
+        client_of(other, chain) as second,
+        client_of(other, chain) as third,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        for finished in [pool.submit(work, number, client) for number, client in enumerate((first, second, third))]:
+            finished.result()
+    assert refusals <= {READER, WRITER}
+    assert {number for number, _ in done} == {0, 1, 2}
+    assert {reads for _, reads in done} == {True, False}
+    chain.run("qemu-img", "check", "-q", "base.qcow2")
 
 
 def test_the_holder_of_a_lock_is_named(chain: Chain, daemon: Daemon) -> None:
