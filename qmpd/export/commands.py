@@ -117,6 +117,7 @@ class Commands:
 
     def _read_all(self, target: Target, reads: list[Raw]) -> None:
         """Into the places that the data are sent from."""
+        start = self._replies.filled
         places = self._replies.add_reads(reads)
         left: Sequence[int] = _FIRST
         if len(reads) > 1:
@@ -129,11 +130,13 @@ class Commands:
                 failed.append(index)
                 self._fail(reads[index], error)
         if failed or self._wire.structured:
-            self._replace(target, reads, failed)
+            self._replace(target, reads, failed, start)
 
-    def _replace(self, target: Target, reads: list[Raw], failed: list[int]) -> None:
-        """Take the answers of failed reads back, and those with holes, to tell these as such."""
-        start = 0
+    def _replace(self, target: Target, reads: list[Raw], failed: list[int], start: int) -> None:
+        """Take the answers of failed reads back, and those with holes, to tell these as such.
+
+        The answers begin at ``start`` of what is to be sent, behind those of the round's writes.
+        """
         for index, raw in enumerate(reads):
             start += self._wire.data_head
             if index in failed:

@@ -36,6 +36,11 @@ class Replies:
         self._dropped: list[tuple[int, int]] = []
         self._more: Pieces = []
 
+    @property
+    def filled(self) -> int:
+        """How much there is in the buffer, bytes."""
+        return self._end
+
     def add_reads(self, requests: Sequence[Raw]) -> list[memoryview]:
         """Answer reads with data; where each is to be put. Of empty replies, MOST bytes and a round find room."""
         view, end, buffer = self._view, self._end, self._buffer

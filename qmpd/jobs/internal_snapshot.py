@@ -55,12 +55,12 @@ class SnapshotInternal(Action):
         node.check_op("internal-snapshot")
         if node.read_only:
             raise QmpdError(f"Device '{device}' is read only", Kind.PERMISSION, node=node.name)
-        if not node.active:
-            raise QmpdError(f"Device '{device}' is inactive", Kind.PERMISSION, node=node.name)
         driver = _keeper(node)
         if driver is None or driver.read_only:
             text = f"Block format '{node.driver_name}' used by device '{device}' does not support internal snapshots"
             raise QmpdError(text, Kind.UNSUPPORTED, node=node.name)
+        if not node.active:
+            raise QmpdError(f"Device '{device}' is inactive", Kind.PERMISSION, node=node.name)
         if not self._name:
             raise QmpdError("Name is empty")
         if any(known.name == self._name for known in driver.snapshots):

@@ -75,6 +75,36 @@ def test_many_requests_in_one_packet_are_all_answered(export: NbdExport, mode: s
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_packets_of_all_kinds_of_requests(export: NbdExport, mode: str) -> None:
+    """Whatever comes together, each request gets its own answer, right in every byte: data, holes, errors.
+
+    Requests of one packet may be carried out in any order, so each has a piece of the disk to itself.
+    """
+    rng, block = random.Random(11), 8192
+    shadow = bytearray(4 * MIB)
+    with client(export, mode) as guest:
+        for _ in range(120):
+            asked: dict[int, tuple[int, int, int]] = {}
+            with guest.held():
+                for number in rng.sample(range(4 * MIB // block), rng.randint(1, 40)):
+                    length = rng.choice([1, 512, 513, 4096, block])
+                    offset = number * block + rng.randrange(block - length + 1)
+                    command = rng.choices([READ, WRITE, ZEROES, FLUSH, CACHE, 99], [8, 6, 1, 1, 1, 1])[0]
+                    data = rng.randbytes(length) if command == WRITE else b""
+                    where = (0, 0) if command == FLUSH else (offset, length)
+                    cookie = guest.send(command, *where, data, flags=rng.choice([0, 0, 1]) if command != 99 else 0)
+                    asked[cookie] = command, offset, length
+                    if command in (WRITE, ZEROES):
+                        shadow[offset : offset + length] = data or bytes(length)
+            answers = guest.replies(len(asked))
+            assert answers.keys() == asked.keys()
+            for cookie, (command, offset, length) in asked.items():
+                assert answers[cookie].error == (22 if command == 99 else 0)
+                if command == READ:
+                    assert answers[cookie].data == shadow[offset : offset + length]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_requests_that_are_refused(export: NbdExport, mode: str) -> None:
     size = 4 * MIB
     text = {
