@@ -31,6 +31,11 @@ class SnapshotInternal(Action):
         #: The driver that keeps the snapshot, and its id there, once it is taken.
         self._taken: tuple[Driver, str] | None = None
 
+    def nodes(self, graph: Graph) -> Sequence[Node]:
+        """Also whoever uses the image below a filter."""
+        device = super().nodes(graph)
+        return [*device, *(keeper for node in device if (keeper := _keeper(node)) is not None)]
+
     def prepare(self, graph: Graph, before: Sequence[Action]) -> Steps[None]:
         found: list[Driver] = []
 
@@ -55,12 +60,13 @@ class SnapshotInternal(Action):
         node.check_op("internal-snapshot")
         if node.read_only:
             raise QmpdError(f"Device '{device}' is read only", Kind.PERMISSION, node=node.name)
-        driver = _keeper(node)
-        if driver is None or driver.read_only:
+        keeper = _keeper(node)
+        if keeper is None or keeper.read_only:
             text = f"Block format '{node.driver_name}' used by device '{device}' does not support internal snapshots"
             raise QmpdError(text, Kind.UNSUPPORTED, node=node.name)
-        if not node.active:
+        if not keeper.active:
             raise QmpdError(f"Device '{device}' is inactive", Kind.PERMISSION, node=node.name)
+        driver = keeper.opened
         if not self._name:
             raise QmpdError("Name is empty")
         if any(known.name == self._name for known in driver.snapshots):
@@ -87,19 +93,20 @@ def delete(graph: Graph, device: str, key: str | None, name: str | None) -> Step
     if not key and not name:
         raise QmpdError("Name or id must be provided")
     node.check_op("internal-snapshot-delete")
-    driver = _keeper(node)
-    if driver is None:
+    keeper = _keeper(node)
+    if keeper is None:
         text = "Failed to get a snapshot list: Operation not supported"
         raise QmpdError(text, Kind.UNSUPPORTED, node=node.name)
+    driver = keeper.opened
     snapshot = _find(driver, key, name)
     if snapshot is None:
         words = " and ".join(f"{what} '{value or 'null'}'" for what, value in (("id", key), ("name", name)))
         raise QmpdError(f"Snapshot with {words} does not exist on device '{device}'", node=node.name)
-    if node.read_only or not node.active:
-        state = "read only" if node.read_only else "inactive"
+    if keeper.read_only or not keeper.active:
+        state = "read only" if keeper.read_only else "inactive"
         raise QmpdError(f"Device '{device}' is {state}", Kind.PERMISSION, node=node.name)
     entry = snapshot.info()
-    yield from while_quiet(graph, [node], partial(_delete, driver, snapshot.id))
+    yield from while_quiet(graph, [node, keeper], partial(_delete, driver, snapshot.id))
     return entry
 
 
@@ -117,11 +124,10 @@ def _find(driver: Driver, key: str | None, name: str | None) -> InternalSnapshot
     return None
 
 
-def _keeper(node: Node) -> Driver | None:
-    """The driver that keeps snapshots for a node: its own, or one below that holds all that the node is made of."""
+def _keeper(node: Node) -> Node | None:
+    """The node that keeps the snapshots of ``node``: itself, or one below that holds all that it is made of."""
     below: Node | None = node
     while below is not None and not below.opened.supports_snapshots:
         edges = list(below.children.values())
-        alone = len(edges) == 1 and len(edges[0].node.parents) == 1  # others might write there meanwhile
-        below = edges[0].node if alone else None
-    return below.opened if below is not None else None
+        below = edges[0].node if len(edges) == 1 else None
+    return below

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from qmpd.errors import QmpdError
 from qmpd.graph.edit import Edit, Graph
+from qmpd.graph.node import Node
 from qmpd.jobs.surgery import while_quiet
 from qmpd.steps import Steps
 
@@ -19,8 +20,12 @@ from qmpd.steps import Steps
 class Action(ABC):
     """One change. Control thread, graph lock held."""
 
-    #: Names of the nodes whose users must stand still; some may not exist.
+    #: Names of the nodes that it is about; some may not exist.
     names: Sequence[str] = ()
+
+    def nodes(self, graph: Graph) -> Sequence[Node]:
+        """Those whose users must stand still, as far as they exist."""
+        return [node for name in self.names if (node := graph.find(name)) is not None]
 
     def prepare(self, graph: Graph, before: Sequence[Action]) -> Steps[None]:
         """Do what takes time and is not seen in the graph. ``before`` are prepared, but not applied.
@@ -48,8 +53,7 @@ class Abort(Action):
 
 def run(graph: Graph, actions: Sequence[Action]) -> Steps[None]:
     """Carry out all actions. The first failure is raised, with everything taken back in reverse order."""
-    known = [graph.find(name) for action in actions for name in action.names]
-    nodes = dict.fromkeys(node for node in known if node is not None)
+    nodes = dict.fromkeys(node for action in actions for node in action.nodes(graph))
     yield from while_quiet(graph, nodes, lambda: _carry_out(graph, actions))
 
 
