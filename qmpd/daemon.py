@@ -18,11 +18,12 @@ from qmpd import commands, options
 from qmpd.block.trust import Trust
 from qmpd.commands import blockdev_options, throttle_groups
 from qmpd.commands.block_exports import NbdServerOptions
-from qmpd.control import chardev, exports
+from qmpd.control import chardev, exports, guard
 from qmpd.control.bridge import JOBS, run_steps
 from qmpd.control.bus import Bus
 from qmpd.control.durable import INTERVAL, DurableRecords
 from qmpd.control.exports import Exports
+from qmpd.control.guard import Guard
 from qmpd.control.manager import JobManager
 from qmpd.control.objects import ObjectStore
 from qmpd.control.process import PidFile, daemonize
@@ -35,6 +36,7 @@ from qmpd.errors import QmpdError
 from qmpd.graph.drain import hurry
 from qmpd.graph.edit import Graph
 from qmpd.graph.open import close_nodes
+from qmpd.jobs.siblings import SiblingPolicy
 from qmpd.state.directory import Directory
 from qmpd.state.store import Loaded, Store
 
@@ -107,6 +109,8 @@ class Core:
         self.exports = Exports(graph, graph_lock, self.bus.publish)
         self.ctx.rooms["records"] = self._records
         self.ctx.rooms[exports.ROOM] = self.exports
+        self.guard = Guard()
+        self.ctx.rooms[guard.ROOM] = self.guard
         if durable is not None:
             durable.calls = self.exports.calls
         self.durable = durable
@@ -137,6 +141,11 @@ class Core:
                 await self.durable.journal.settle()
             nursery.cancel_scope.cancel()
         self.finished.set()
+
+    def watch_over(self, line: options.CommandLine) -> None:
+        """Take up what the command line says about images that a commit would change beside its own."""
+        self.guard.policy = SiblingPolicy(line.siblings)
+        self.ctx.graph.overlays.directories = line.image_dirs
 
     async def shutdown(self) -> None:
         """End the daemon: returns when exports and jobs are gone, so that their events precede the reply to quit."""
@@ -182,6 +191,7 @@ class StartUp:
         try:
             # Wherever they stand: no file is opened before it is known which may be.
             self._core.ctx.graph.trust = Trust.make(line.allow_paths, image_names=line.trust_image_names)
+            self._core.watch_over(line)
             if self._core.revival is not None:
                 await self._core.revival.run()
             for option in line.options:
@@ -312,6 +322,7 @@ class Daemon:
             return failure
         ready()
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.core.guard.warm, self.core.ctx.graph)
             for end, pretty in self._start_up.monitors:
                 nursery.start_soon(end.serve, partial(self.core.server.attach, pretty=pretty))
             await self.core.stopping.wait()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -409,3 +411,14 @@ def test_which_files_may_be_opened_is_known_before_the_options_are_carried_out()
     assert not scan(["--trust-image-names", "none"]).trust_image_names
     with pytest.raises(QmpdError, match="expects 'none' or 'all', not 'some'"):
         scan(["--trust-image-names", "some"])
+
+
+def test_what_is_done_about_siblings_is_known_as_well(tmp_path: Path) -> None:
+    """Directories are absolute, for the daemon may change its own; one that does not exist would protect nothing."""
+    line = scan(["--siblings", "warn", "--image-dir", str(tmp_path), "--image-dir=."])
+    assert (line.siblings, line.image_dirs) == ("warn", (str(tmp_path), os.getcwd()))
+    assert scan([]).siblings == "refuse"
+    with pytest.raises(QmpdError, match="expects 'refuse', 'warn' or 'allow', not 'ask'"):
+        scan(["--siblings=ask"])
+    with pytest.raises(QmpdError, match="expects a directory"):
+        scan(["--image-dir", str(tmp_path / "gone")])

@@ -1,14 +1,21 @@
 """block-commit. Source: spec/jobs-and-commit.md section 3."""
 
+from collections.abc import Callable
 from typing import Annotated
 
+from qmpd.control.guard import preflight
 from qmpd.control.qapi import Bool, Features, Int, QapiModel, Str
 from qmpd.control.registry import Context, command
-from qmpd.jobs.job import OnError
+from qmpd.jobs.job import Job, OnError
 from qmpd.jobs.plan import CommitRequest
 from qmpd.jobs.remake import make_commit
+from qmpd.jobs.siblings import SiblingPolicy
 
 _DEPRECATED = Features(("deprecated",))
+UNSTABLE = Features(("unstable",))
+
+#: How the names of members begin that are about the job, but not of the peer's request.
+OWN = "x_qmpd_"
 
 
 class BlockCommit(QapiModel):
@@ -27,15 +34,21 @@ class BlockCommit(QapiModel):
     filter_node_name: Str | None = None
     auto_finalize: Bool | None = None
     auto_dismiss: Bool | None = None
+    x_qmpd_siblings: Annotated[SiblingPolicy | None, UNSTABLE] = None
 
 
 def request_of(args: BlockCommit) -> CommitRequest:
     """What was not given keeps the default of CommitRequest."""
-    return CommitRequest(**{name: value for name, value in args if value is not None})
+    return CommitRequest(**{name: value for name, value in args if value is not None and not name.startswith(OWN)})
+
+
+def commit_of(ctx: Context, args: BlockCommit) -> Callable[[], Job]:
+    """What makes the job when the graph can be looked at."""
+    request, checks = request_of(args), preflight(ctx, args.x_qmpd_siblings)
+    return lambda: make_commit(ctx.graph, request, checks)
 
 
 @command("block-commit")
 async def block_commit(ctx: Context, args: BlockCommit) -> None:
     """Start a job that moves the data of ``top`` and all images down to ``base`` into ``base``."""
-    request = request_of(args)
-    await ctx.jobs.launch(lambda: make_commit(ctx.graph, request))
+    await ctx.jobs.launch(commit_of(ctx, args))

@@ -1,10 +1,13 @@
 """x-qmpd-commit-offline: what ``qemu-img commit`` does, in the daemon. Source: spec/jobs-and-commit.md section 9."""
 
+from qmpd.commands.block_commit import OWN
+from qmpd.control.guard import preflight
 from qmpd.control.qapi import Bool, Int, QapiModel, Str
 from qmpd.control.registry import Context, command
 from qmpd.jobs.job import OnError
 from qmpd.jobs.offline import OfflineCommitJob, plan_offline
 from qmpd.jobs.plan import CommitRequest
+from qmpd.jobs.siblings import SiblingPolicy
 
 
 class CommitOffline(QapiModel):
@@ -17,6 +20,7 @@ class CommitOffline(QapiModel):
     on_error: OnError | None = None
     auto_finalize: Bool | None = None
     auto_dismiss: Bool | None = None
+    x_qmpd_siblings: SiblingPolicy | None = None
 
 
 @command("x-qmpd-commit-offline", features=("unstable",))
@@ -25,9 +29,13 @@ async def commit_offline(ctx: Context, args: CommitOffline) -> None:
 
     Afterwards the image is empty, unless it is to ``keep`` its data.
     """
-    request = CommitRequest(**{name: value for name, value in args if value is not None and name != "keep"})
+    given = {name: value for name, value in args if value is not None and not name.startswith(OWN)}
+    keep = bool(given.pop("keep", False))
+    checks = preflight(ctx, args.x_qmpd_siblings)
 
     def make() -> OfflineCommitJob:
-        return OfflineCommitJob(ctx.graph, plan_offline(ctx.graph, request), keep=bool(args.keep))
+        job = OfflineCommitJob(ctx.graph, plan_offline(ctx.graph, CommitRequest(**given)), keep=keep)
+        job.preflight = checks
+        return job
 
     await ctx.jobs.launch(make)

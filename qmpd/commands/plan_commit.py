@@ -3,7 +3,9 @@
 from typing import Any
 
 from qmpd.commands.block_commit import BlockCommit, request_of
+from qmpd.commands.siblings import SiblingImage
 from qmpd.control.bridge import run_steps
+from qmpd.control.guard import effective
 from qmpd.control.qapi import Bool, Int, Number, QapiModel, Str
 from qmpd.control.registry import Context, command
 from qmpd.jobs.forecast import forecast
@@ -56,6 +58,7 @@ class CommitForecast(QapiModel):
     growth: PlannedGrowth | None = None
     free: Int | None = None
     expected_seconds: Number | None = None
+    siblings: list[SiblingImage]
     obstacles: list[Str]
 
 
@@ -63,7 +66,8 @@ class CommitForecast(QapiModel):
 async def plan(ctx: Context, args: BlockCommit) -> CommitForecast:
     """Say what ``block-commit`` with these arguments would do, and what would stop it. Changes nothing."""
     async with ctx.graph_lock:
-        found = await run_steps(forecast(ctx.graph, plan_commit(ctx.graph, request_of(args))))
+        policy = effective(ctx, args.x_qmpd_siblings)
+        found = await run_steps(forecast(ctx.graph, plan_commit(ctx.graph, request_of(args)), policy))
     growth: dict[str, Any] | None = None
     if found.growth is not None:
         growth = {name: getattr(found.growth, name) for name in found.growth.__dataclass_fields__}
@@ -89,5 +93,6 @@ async def plan(ctx: Context, args: BlockCommit) -> CommitForecast:
         growth=PlannedGrowth(**growth) if growth else None,
         free=found.free,
         expected_seconds=found.seconds,
+        siblings=[SiblingImage(image=one.image, backing=one.backing) for one in found.siblings],
         obstacles=found.obstacles,
     )

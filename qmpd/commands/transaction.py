@@ -8,7 +8,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 
-from qmpd.commands.block_commit import BlockCommit, request_of
+from qmpd.commands.block_commit import BlockCommit, commit_of
 from qmpd.commands.block_stream import BlockStream, stream_of
 from qmpd.commands.blockdev_snapshot import (
     BlockdevSnapshot,
@@ -23,7 +23,6 @@ from qmpd.control.registry import Context, command
 from qmpd.errors import QmpdError
 from qmpd.jobs.internal_snapshot import SnapshotInternal
 from qmpd.jobs.job import Job
-from qmpd.jobs.remake import make_commit
 from qmpd.jobs.transaction import Abort, Action
 
 
@@ -106,8 +105,7 @@ async def run_transaction(ctx: Context, args: Transaction) -> None:
 def _maker(ctx: Context, action: BlockCommitWrapper | BlockStreamWrapper) -> Callable[[], Job]:
     match action:
         case BlockCommitWrapper(data=data):
-            request = request_of(data)
-            return lambda: make_commit(ctx.graph, request)
+            return commit_of(ctx, data)
         case BlockStreamWrapper(data=data):
             return partial(stream_of, ctx.graph, data)
 

@@ -84,6 +84,8 @@ class DurableRecords(Records):
         bus.last = bus.history.last
         bus.keep = self._keep_event
         graph.save = self._save
+        graph.overlays.remember(loaded.left_behind)
+        graph.overlays.on_left = self._keep_left_behind
         self._post(schema.meta("incarnation", bus.history.incarnation))
 
     def freeze(self) -> None:
@@ -145,6 +147,9 @@ class DurableRecords(Records):
 
     def _checkpoint_writer(self, job_id: str) -> Callable[[dict[str, Any]], None]:
         return lambda row: self.journal.write_at_once(schema.checkpoint(job_id, row))
+
+    def _keep_left_behind(self) -> None:
+        self._post(schema.meta(schema.LEFT_BEHIND, schema.dumps(self._graph.overlays.as_rows())))
 
     # -- bases that hold a part of something ---------------------------------------------------------------------------
 

@@ -48,6 +48,7 @@ def lines(plan: dict[str, Any]) -> list[str]:
         said.append(f"free on base's file system: {text.size(plan['free'])}")
     if "expected-seconds" in plan:
         said.append(f"takes about {plan['expected-seconds']:.1f} s, by a short measurement")
+    said += [f"would change {one['image']}, which is backed by {one['backing']}" for one in plan.get("siblings", ())]
     return [*said, *(f"would be stopped: {obstacle}" for obstacle in plan["obstacles"])]
 
 

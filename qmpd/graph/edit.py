@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from qmpd.block.api import BlockDevice, Perm, Role
+from qmpd.block.overlays import Overlays
 from qmpd.block.throttling import ThrottleGroup
 from qmpd.block.trust import Trust
 from qmpd.errors import Kind, QmpdError
@@ -57,6 +58,8 @@ class Graph:
         self.find_throttle_group: Callable[[str], ThrottleGroup | None] = lambda name: None
         #: Which files may be opened. Set once, before any is.
         self.trust = Trust()
+        #: What else is on disk that may be backed by the images of the graph.
+        self.overlays = Overlays()
         #: The description that a ``json:`` name in an image stands for. Set by whoever knows the schema of clients.
         self.parse_description: Callable[[str], NodeSpec] = _no_descriptions
 

@@ -91,7 +91,7 @@ class ActiveCommitJob(CopyJob):
         cell.set_speed(self._request.speed)
         self._cell = cell
         self._layers = chain.layers(self._plan.top, self._plan.base)
-        yield from quietly(self._graph, [self._plan.top], self._enter)
+        yield from self._begin()
 
     def enter_graph(self, edit: Edit) -> None:
         """The change of the graph that the start makes."""
@@ -259,6 +259,8 @@ class ActiveCommitJob(CopyJob):
         self._leave_graph(self._plan.base if self._ending is Ending.PIVOT else self._plan.top)
         self._has_pivoted = self._ending is Ending.PIVOT
         self.passed = True
+        if self._has_pivoted:
+            self._leave_behind(self._plan.intermediates)
 
     def _settle(self, visible_end: int) -> None:
         """Worker thread, nobody writes: copy the rest and make base durable.

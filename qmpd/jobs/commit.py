@@ -57,7 +57,7 @@ class CommitJob(RegionJob):
         self._headers = [(node.opened, self._new_backing.reference(node)) for node in overlays]
         self._blank_end = self._visible_end(overlays)
         self._layers = chain.layers(self._plan.top, self._plan.base)
-        yield from quietly(self._graph, [self._plan.top], self._enter)
+        yield from self._begin()
 
     def enter_graph(self, edit: Edit) -> None:
         """The change of the graph that the start makes."""
@@ -155,6 +155,7 @@ class CommitJob(RegionJob):
     def _pass(self) -> None:
         self._leave_chain(self._plan.base)
         self.passed = True
+        self._leave_behind(self._plan.intermediates)
 
     def _leave_chain(self, successor: Node) -> None:
         """Take the filter out; whoever was above it is on ``successor`` now, and may read there."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, ClassVar, Final, Literal
 
 from qmpd.block.api import BlockDevice, Driver, Perm
@@ -19,6 +20,10 @@ from qmpd.graph.spec import NodeSpec
 from qmpd.jobs.chainjob import ChainJob
 from qmpd.jobs.job import Action, Body, Failure, Merge, error_action
 from qmpd.jobs.plan import CommitPlan
+from qmpd.jobs.preflight import Preflight
+from qmpd.jobs.siblings import left_behind
+from qmpd.jobs.surgery import quietly
+from qmpd.steps import Steps
 
 WRITES: Final = Perm.WRITE | Perm.WRITE_UNCHANGED
 
@@ -34,6 +39,8 @@ class CopyJob(ChainJob):
         self._plan = plan
         self._request = request
         self._base_was_read_only = plan.base.read_only
+        #: What is looked at before the job begins; None: nothing, the job goes on where an earlier one was.
+        self.preflight: Preflight | None = None
         self._target = Backend()
         self._layers: list[BlockDevice] = []
         self._length = plan.top.length
@@ -71,9 +78,21 @@ class CopyJob(ChainJob):
         """The change of the graph that the start makes: filter, permissions, frozen links."""
         raise NotImplementedError
 
+    def _begin(self) -> Steps[None]:
+        """Look whether the job may begin, then enter the graph. What QEMU says comes before what the preflight says."""
+        refusal = None if self.preflight is None else (yield from self.preflight.run(self._graph, self._plan))
+        if refusal is not None:
+            yield from quietly(self._graph, [self._plan.top], partial(self._graph.rehearse, self.enter_graph))
+            raise refusal
+        yield from quietly(self._graph, [self._plan.top], self._enter)
+
     def _enter(self) -> None:
         with self._graph.edit() as edit:
             self.enter_graph(edit)
+
+    def _leave_behind(self, nodes: list[Node]) -> None:
+        """Base has all that is in these images, and nobody uses them any more."""
+        self._graph.overlays.leave_behind(left_behind(nodes))
 
     def _insert_filter(self, edit: Edit, spec: NodeSpec, open_driver: Callable[[BlockDevice], Driver]) -> Node:
         """Put a node above top that all users of top go through."""

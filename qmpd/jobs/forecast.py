@@ -30,6 +30,7 @@ from qmpd.jobs.commit import CommitJob
 from qmpd.jobs.pieces import Pieces
 from qmpd.jobs.plan import CommitPlan
 from qmpd.jobs.regions import Window
+from qmpd.jobs.siblings import Sibling, SiblingPolicy, find_siblings, refusal
 from qmpd.jobs.surgery import quietly
 from qmpd.steps import Steps
 from qmpd.units import MIB, SECTOR, align_up
@@ -108,11 +109,16 @@ class Forecast:
     free: int | None = None
     #: Seconds, from how fast the first data could be read; None if there is nothing to measure by.
     seconds: float | None = None
+    #: Other images that the commit would change.
+    siblings: list[Sibling] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
 
 
-def forecast(graph: Graph, plan: CommitPlan) -> Steps[Forecast]:
-    """Find it all out. Raises nothing for what the forecast can tell: that becomes an obstacle."""
+def forecast(graph: Graph, plan: CommitPlan, policy: SiblingPolicy = SiblingPolicy.REFUSE) -> Steps[Forecast]:
+    """Find it all out. Raises nothing for what the forecast can tell: that becomes an obstacle.
+
+    ``policy`` says whether siblings are one.
+    """
     images = list(dict.fromkeys(chain.skip_filters(node) for node in chain.walk(plan.device)))
     found = Forecast(active=plan.active, images=[])
     job = (ActiveCommitJob if plan.active else CommitJob)(graph, plan)
@@ -120,6 +126,9 @@ def forecast(graph: Graph, plan: CommitPlan) -> Steps[Forecast]:
         yield from quietly(graph, [plan.top], partial(graph.rehearse, job.enter_graph))
     except QmpdError as error:
         found.obstacles.append(error.desc)
+    found.siblings = yield from find_siblings(graph, plan)
+    if found.siblings and policy is SiblingPolicy.REFUSE:
+        found.obstacles.append(refusal(found.siblings).desc)
     work = _Work(plan, chain.layers(plan.top, plan.base), job.visible_end)
     drivers = [(node, _storage(node)) for node in images]
     yield partial(_look, found, work, drivers)

@@ -21,7 +21,7 @@ from qmpd.jobs.copying import as_errno
 from qmpd.jobs.job import Body, check_speed
 from qmpd.jobs.plan import CommitPlan, CommitRequest
 from qmpd.jobs.regions import RegionJob
-from qmpd.jobs.surgery import back_to_read_only, quietly, while_quiet
+from qmpd.jobs.surgery import back_to_read_only, while_quiet
 from qmpd.steps import Steps
 
 _SHARED = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
@@ -69,7 +69,7 @@ class OfflineCommitJob(RegionJob):
         cell.set_speed(self._request.speed)
         self._set_goal(cell)
         self._layers = chain.layers(self._plan.top, self._plan.base)
-        yield from quietly(self._graph, [self._plan.top], self._enter)
+        yield from self._begin()
 
     def enter_graph(self, edit: Edit) -> None:
         """The change of the graph that the start makes."""

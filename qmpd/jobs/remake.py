@@ -12,6 +12,7 @@ from qmpd.jobs.commit import CommitJob
 from qmpd.jobs.job import Job, OnError
 from qmpd.jobs.offline import OfflineCommitJob, plan_offline
 from qmpd.jobs.plan import CommitRequest, plan_commit
+from qmpd.jobs.preflight import Preflight
 from qmpd.jobs.stream import StreamJob
 from qmpd.jobs.stream_plan import StreamRequest, plan_stream
 
@@ -24,10 +25,12 @@ def remake(graph: Graph, memory: Mapping[str, Any]) -> Job:
     return make(graph, memory)
 
 
-def make_commit(graph: Graph, request: CommitRequest) -> Job:
-    """The kind of commit that fits the users of the images."""
+def make_commit(graph: Graph, request: CommitRequest, preflight: Preflight | None = None) -> Job:
+    """The kind of commit that fits the users of the images. It begins only if ``preflight`` has nothing against it."""
     plan = plan_commit(graph, request)
-    return (ActiveCommitJob if plan.active else CommitJob)(graph, plan)
+    job = (ActiveCommitJob if plan.active else CommitJob)(graph, plan)
+    job.preflight = preflight
+    return job
 
 
 def _commit(graph: Graph, memory: Mapping[str, Any]) -> Job:

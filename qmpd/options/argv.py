@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,11 +20,13 @@ LONG: Final = {
     "daemonize": False,
     "export": True,
     "help": False,
+    "image-dir": True,
     "jobs-at-start": True,
     "monitor": True,
     "nbd-server": True,
     "object": True,
     "pidfile": True,
+    "siblings": True,
     "state-dir": True,
     "trace": True,
     "trust-image-names": True,
@@ -31,7 +34,9 @@ LONG: Final = {
 }
 
 #: Options that the peer does not have; they do not stand in the way of its own, shortened.
-_OWN: Final = frozenset({"allow-path", "checkpoint-seconds", "jobs-at-start", "state-dir", "trust-image-names"})
+_OWN: Final = frozenset(
+    {"allow-path", "checkpoint-seconds", "image-dir", "jobs-at-start", "siblings", "state-dir", "trust-image-names"}
+)
 
 SHORT: Final = {"h": "help", "T": "trace", "V": "version"}
 
@@ -76,6 +81,15 @@ Which files are opened:
                          qcow2 as the image says; all: whatever can be opened,
                          json: included, with its format guessed if not stated
 
+What a commit may do to other images:
+
+  --siblings refuse|warn|allow
+                         what becomes of a commit that would change what other
+                         images show: it does not begin (default), it begins
+                         with a warning, or nobody looks
+  --image-dir DIRECTORY  look for such images in and below this directory too;
+                         may be given several times
+
 What outlives the daemon:
 
   --state-dir DIRECTORY  keep nodes, exports, jobs, results and events here, and
@@ -114,6 +128,10 @@ class CommandLine:
     #: Directories that images must be in; none for anywhere.
     allow_paths: tuple[str, ...] = ()
     trust_image_names: bool = False
+    #: What becomes of a commit that would change other images.
+    siblings: str = "refuse"
+    #: Directories where such images may be, absolute.
+    image_dirs: tuple[str, ...] = ()
     #: Where the state is; none for a daemon without.
     state_dir: str | None = None
     jobs_wait: bool = False
@@ -129,6 +147,7 @@ def scan(words: Sequence[str], program: str = "qmpd") -> CommandLine:
     options = []
     found: dict[str, Any] = {}
     allowed: list[str] = []
+    image_dirs: list[str] = []
     for option in _split(words):
         match option.name:
             case "help":
@@ -142,23 +161,34 @@ def scan(words: Sequence[str], program: str = "qmpd") -> CommandLine:
             case "allow-path":
                 allowed.append(option.value)
             case "trust-image-names":
-                found["trust_image_names"] = _choice(option, "none", "all")
+                found["trust_image_names"] = _choice(option, "none", "all") == "all"
+            case "siblings":
+                found["siblings"] = _choice(option, "refuse", "warn", "allow")
+            case "image-dir":
+                image_dirs.append(_directory(option))
             case "state-dir":
                 found["state_dir"] = option.value
             case "jobs-at-start":
-                found["jobs_wait"] = _choice(option, "resume", "wait")
+                found["jobs_wait"] = _choice(option, "resume", "wait") == "wait"
             case "checkpoint-seconds":
                 found["checkpoint_seconds"] = _seconds(option)
             case _:
                 options.append(option)
-    return CommandLine(tuple(options), allow_paths=tuple(allowed), **found)
+    return CommandLine(tuple(options), allow_paths=tuple(allowed), image_dirs=tuple(image_dirs), **found)
 
 
-def _choice(option: Option, no: str, yes: str) -> bool:
-    """Is it ``yes``?"""
-    if option.value not in (no, yes):
-        raise QmpdError(f"option '--{option.name}' expects '{no}' or '{yes}', not '{option.value}'")
-    return option.value == yes
+def _choice(option: Option, *words: str) -> str:
+    if option.value not in words:
+        expected = ", ".join(f"'{word}'" for word in words[:-1]) + f" or '{words[-1]}'"
+        raise QmpdError(f"option '--{option.name}' expects {expected}, not '{option.value}'")
+    return option.value
+
+
+def _directory(option: Option) -> str:
+    """Absolute: the daemon may change its working directory."""
+    if not os.path.isdir(option.value):
+        raise QmpdError(f"option '--{option.name}' expects a directory, not '{option.value}'")
+    return os.path.abspath(option.value)
 
 
 def _seconds(option: Option) -> float:

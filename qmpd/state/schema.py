@@ -27,6 +27,9 @@ CREATE TABLE jobs (id TEXT PRIMARY KEY, began INTEGER NOT NULL, row TEXT NOT NUL
 CREATE TABLE partial (path TEXT PRIMARY KEY, row TEXT NOT NULL) WITHOUT ROWID;
 """
 
+LEFT_BEHIND: Final = "left-behind"
+"""The fact that tells which files commits have made superfluous: device, inode, size, time of change of each."""
+
 Change = tuple[str, tuple[Any, ...]]
 
 

@@ -42,6 +42,8 @@ class Loaded:
     calls: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
     jobs: list[JobRow] = field(default_factory=list)
     partial: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: Device, inode, size and time of change of each image that a commit has made superfluous.
+    left_behind: list[list[int]] = field(default_factory=list)
 
 
 class Store:
@@ -154,6 +156,7 @@ class Store:
             where = None if checkpoint is None else json.loads(checkpoint)
             loaded.jobs.append(JobRow(job_id, began, json.loads(row), where, bool(passed), speed, bool(paused)))
         loaded.partial = {path: json.loads(row) for path, row in database.execute("SELECT path, row FROM partial")}
+        loaded.left_behind = json.loads(meta.get(schema.LEFT_BEHIND, "[]"))
         return loaded
 
     @property

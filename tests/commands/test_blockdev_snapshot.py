@@ -413,7 +413,7 @@ async def test_there_and_back(daemon: Served) -> None:
     user = Guest(daemon.rig, "a")
     await sync(daemon, "a", "s")
     user.device.write(0, b"\x44" * 65536)
-    await daemon.call("block-commit", job_id="j0", device="s")
+    await daemon.call("block-commit", job_id="j0", device="s", x_qmpd_siblings="allow")  # "oa" is there already
     await daemon.rig.until(lambda: daemon.ctx.jobs.query_jobs()[0]["status"] == "ready")
     await daemon.call("job-complete", id="j0")
     await daemon.rig.gone()

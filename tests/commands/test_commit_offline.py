@@ -57,4 +57,13 @@ async def test_it_is_told_to_be_unstable_and_qmpds_own() -> None:
 
     assert entry["features"] == ["unstable"]
     members = {member["name"] for member in schema[entry["arg-type"]]["members"]}
-    assert members == {"job-id", "device", "keep", "speed", "on-error", "auto-finalize", "auto-dismiss"}
+    assert members == {
+        "job-id",
+        "device",
+        "keep",
+        "speed",
+        "on-error",
+        "auto-finalize",
+        "auto-dismiss",
+        "x-qmpd-siblings",
+    }

@@ -35,7 +35,7 @@ async def daemon(tmp_path: Path) -> AsyncIterator[Served]:
         chain = image("base", read_only=True), image("mid", "base", read_only=True), image("top", "mid")
         await made.rig.add(*chain, image("other"), image("over"))
         arguments = {"job_id": "j0", "device": "top", "top_node": "mid", "base_node": "base"}
-        await made.call("block-commit", **arguments, speed=1, filter_node_name="cflt")
+        await made.call("block-commit", **arguments, speed=1, filter_node_name="cflt", x_qmpd_siblings="allow")
         await made.rig.rested()
         yield made
 

@@ -18,6 +18,7 @@ import trio
 from qmpd.control.channel import Channel
 from qmpd.control.registry import Client as MonitorClient
 from qmpd.daemon import Core
+from qmpd.jobs.siblings import SiblingPolicy
 from tests.daemons import PATIENCE, QMPD, HungError, under_test
 from tests.tools import need
 
@@ -33,16 +34,23 @@ class Host(Protocol):
 
 
 @contextlib.contextmanager
-def start(cwd: Path, *, own_process: bool = False, unprivileged: bool = False, monitor: str = "") -> Iterator[Host]:
+def start(
+    cwd: Path,
+    *,
+    own_process: bool = False,
+    unprivileged: bool = False,
+    monitor: str = "",
+    siblings: SiblingPolicy = SiblingPolicy.REFUSE,
+) -> Iterator[Host]:
     """A fresh daemon of the program under test, with one monitor; relative names count from ``cwd``.
 
-    ``unprivileged`` is for tests of file modes, which mean nothing to root.
+    ``unprivileged`` is for tests of file modes, which mean nothing to root. ``siblings`` is for hosts in a thread.
     """
     program = under_test()
     if unprivileged:
         program, own_process = program.bound_by_modes(), True
     if under_test() == QMPD and not own_process:
-        with contextlib.chdir(cwd), _thread(pretty="pretty=on" in monitor) as host:
+        with contextlib.chdir(cwd), _thread("pretty=on" in monitor, siblings) as host:
             yield host
         return
     if under_test() != QMPD:
@@ -54,8 +62,9 @@ def start(cwd: Path, *, own_process: bool = False, unprivileged: bool = False, m
 class _Thread:
     """qmpd's core in a thread, its clients on socket pairs."""
 
-    def __init__(self, pretty: bool) -> None:
+    def __init__(self, pretty: bool, siblings: SiblingPolicy) -> None:
         self._pretty = pretty
+        self._siblings = siblings
         self._ready = threading.Event()
         self._thread = threading.Thread(target=trio.run, args=[self._serve], name="qmpd under test")
         self._thread.start()
@@ -85,6 +94,7 @@ class _Thread:
 
     async def _serve(self) -> None:
         self._core = Core()
+        self._core.guard.policy = self._siblings
         self._token = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as self._nursery:
             await self._nursery.start(self._core.run)
@@ -92,8 +102,8 @@ class _Thread:
 
 
 @contextlib.contextmanager
-def _thread(pretty: bool) -> Iterator[_Thread]:
-    host = _Thread(pretty)
+def _thread(pretty: bool, siblings: SiblingPolicy) -> Iterator[_Thread]:
+    host = _Thread(pretty, siblings)
     try:
         yield host
     finally:

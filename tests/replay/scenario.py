@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qmpd.jobs.siblings import SiblingPolicy
 from tests.daemons import PEER, Client, HungError, under_test
 from tests.replay import hosts, normal
 from tests.replay.deviations import MismatchError
@@ -42,7 +43,13 @@ class UnsoundError(AssertionError):
     """An image is damaged or leaks. No deviation may do that."""
 
 
-def replay(case: dict[str, Any], directory: Path, *, play: type[Play] | None = None) -> None:
+def replay(
+    case: dict[str, Any],
+    directory: Path,
+    *,
+    play: type[Play] | None = None,
+    siblings: SiblingPolicy = SiblingPolicy.REFUSE,
+) -> None:
     """Raise MismatchError unless the program under test does what was recorded, with its images in ``directory``.
 
     Raises UnsoundError if it damages one, and ChangedViewError if a guest sees something else, whatever else it does.
@@ -50,10 +57,10 @@ def replay(case: dict[str, Any], directory: Path, *, play: type[Play] | None = N
     for argv in case["setup"]:
         subprocess.run(argv, cwd=directory, check=True, capture_output=True)
     check_images(case, directory, before=True)
-    views = Views(case, directory)
+    views = Views(case, directory, guarded=siblings is SiblingPolicy.REFUSE)
     unprivileged = any(argv[0] == "chmod" for argv in case["setup"])
     try:
-        _converse(case, directory, play or Play, unprivileged=unprivileged)
+        _converse(case, directory, play or Play, unprivileged=unprivileged, siblings=siblings)
         check_images(case, directory, before=False)
     finally:
         if under_test() != PEER:
@@ -61,8 +68,10 @@ def replay(case: dict[str, Any], directory: Path, *, play: type[Play] | None = N
             views.compare()
 
 
-def _converse(case: dict[str, Any], directory: Path, play: type[Play], *, unprivileged: bool) -> None:
-    with hosts.start(directory, unprivileged=unprivileged) as host:
+def _converse(
+    case: dict[str, Any], directory: Path, play: type[Play], *, unprivileged: bool, siblings: SiblingPolicy
+) -> None:
+    with hosts.start(directory, unprivileged=unprivileged, siblings=siblings) as host:
         with contextlib.closing(Client(host.dial())) as client:
             try:
                 play(client, case, directory).run()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qmpd.jobs.siblings import SiblingPolicy
 from tests.replay import deviations, scenario
 from tests.tools import need
 
@@ -24,3 +25,13 @@ def test_goes_as_recorded(case: dict[str, Any], tmp_path: Path) -> None:
     """Every reply, every event in its order, and every image afterwards is what was recorded."""
     need("qemu-img", "qemu-io")
     scenario.replay(case, tmp_path)
+
+
+SIBLINGS = ("users-block-commit-start", "sibling-overlay-of-base", "sibling-overlay-of-base-exported")
+
+
+@pytest.mark.parametrize("case", [case for case in recordings() if case["case"] in SIBLINGS], ids=SIBLINGS)
+def test_where_siblings_are_allowed_it_goes_as_recorded(case: dict[str, Any], tmp_path: Path) -> None:
+    """What the guard refuses is the only difference: without it, the images that it protects change as they did."""
+    need("qemu-img", "qemu-io")
+    scenario.replay(case, tmp_path, siblings=SiblingPolicy.ALLOW)

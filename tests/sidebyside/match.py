@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qmpd.jobs.siblings import SiblingPolicy
 from tests.daemons import PEER, Client
 from tests.replay import hosts, normal
 from tests.sidebyside import operations
@@ -77,7 +78,7 @@ def both(directory: Path) -> Iterator[tuple[Side, Side]]:
         place.mkdir()
         operations.make_images(place)
     with (
-        hosts.start(places[0]) as host,
+        hosts.start(places[0], siblings=SiblingPolicy.ALLOW) as host,
         PEER.start(places[1]) as peer,
         contextlib.closing(Client(host.dial())) as ours,
         contextlib.closing(Client(peer.dial())) as theirs,
