@@ -210,3 +210,22 @@ def test_what_is_gone_is_told_and_tried_again(server: Server, chain: Path) -> No
         assert {"base", "mid", "top", "n"} <= {node["node-name"] for node in client.execute("query-named-block-nodes")}
         client.execute("quit")
     child.wait()
+
+
+def test_what_commits_have_left_behind_is_remembered(server: Server, chain: Path) -> None:
+    """After a restart it does not stand in the way of the next commit; once somebody has written to it, it does."""
+    child = server.start(chain, words=STATE)
+    with child.client() as client:
+        add_chain(client)
+        commit(client)
+        ended(client)
+        client.execute("blockdev-del", node_name="mid")
+        kill(child)
+    child = server.start(chain, words=STATE)
+    with child.client() as client:
+        plan = {"device": "top", "base-node": "base"}
+        assert client.execute_with("x-qmpd-plan-commit", plan)["obstacles"] == []
+        run(chain, "qemu-io", "-c", "write -P 8 0 64k", "mid.qcow2")
+        (obstacle,) = client.execute_with("x-qmpd-plan-commit", plan)["obstacles"]
+        assert "mid.qcow2" in obstacle
+        kill(child)
