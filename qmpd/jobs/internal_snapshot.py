@@ -61,11 +61,9 @@ class SnapshotInternal(Action):
         if node.read_only:
             raise QmpdError(f"Device '{device}' is read only", Kind.PERMISSION, node=node.name)
         keeper = _keeper(node)
-        if keeper is None or keeper.read_only:
+        if keeper is None or keeper.read_only or not keeper.active:
             text = f"Block format '{node.driver_name}' used by device '{device}' does not support internal snapshots"
             raise QmpdError(text, Kind.UNSUPPORTED, node=node.name)
-        if not keeper.active:
-            raise QmpdError(f"Device '{device}' is inactive", Kind.PERMISSION, node=node.name)
         driver = keeper.opened
         if not self._name:
             raise QmpdError("Name is empty")

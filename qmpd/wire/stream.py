@@ -88,7 +88,8 @@ class Framer:
     def _between(self) -> bool:
         """Let small plain commands pass, each in a single match, which covers nothing behind the command."""
         text, at = self._text, self._at
-        while match := grammar.EXPRESS.match(text, at):
+        express = grammar.express()
+        while match := express.match(text, at):
             plain = match[1]
             value = orjson.loads(plain)
             self._items.append(_parsed(plain) if hides_duplicates(plain, value) else value)

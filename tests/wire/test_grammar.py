@@ -14,6 +14,7 @@ from qmpd.wire import grammar
 from re import _constants, _parser  # type: ignore[attr-defined]  # isort: skip
 
 PATTERNS = {name: value for name, value in vars(grammar).items() if isinstance(value, re.Pattern)}
+PATTERNS["express"] = grammar.express()
 _ONE_BYTE = (_constants.LITERAL, _constants.NOT_LITERAL, _constants.IN, _constants.ANY)
 
 
