@@ -35,6 +35,7 @@ class BlockCommit(QapiModel):
     auto_finalize: Bool | None = None
     auto_dismiss: Bool | None = None
     x_qmpd_siblings: Annotated[SiblingPolicy | None, UNSTABLE] = None
+    x_qmpd_force: Annotated[Bool | None, UNSTABLE] = None
 
 
 def request_of(args: BlockCommit) -> CommitRequest:
@@ -44,7 +45,7 @@ def request_of(args: BlockCommit) -> CommitRequest:
 
 def commit_of(ctx: Context, args: BlockCommit) -> Callable[[], Job]:
     """What makes the job when the graph can be looked at."""
-    request, checks = request_of(args), preflight(ctx, args.x_qmpd_siblings)
+    request, checks = request_of(args), preflight(ctx, args.x_qmpd_siblings, force=bool(args.x_qmpd_force))
     return lambda: make_commit(ctx.graph, request, checks)
 
 

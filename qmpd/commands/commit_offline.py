@@ -21,6 +21,7 @@ class CommitOffline(QapiModel):
     auto_finalize: Bool | None = None
     auto_dismiss: Bool | None = None
     x_qmpd_siblings: SiblingPolicy | None = None
+    x_qmpd_force: Bool | None = None
 
 
 @command("x-qmpd-commit-offline", features=("unstable",))
@@ -31,7 +32,7 @@ async def commit_offline(ctx: Context, args: CommitOffline) -> None:
     """
     given = {name: value for name, value in args if value is not None and not name.startswith(OWN)}
     keep = bool(given.pop("keep", False))
-    checks = preflight(ctx, args.x_qmpd_siblings)
+    checks = preflight(ctx, args.x_qmpd_siblings, force=bool(args.x_qmpd_force))
 
     def make() -> OfflineCommitJob:
         job = OfflineCommitJob(ctx.graph, plan_offline(ctx.graph, CommitRequest(**given)), keep=keep)

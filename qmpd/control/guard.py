@@ -39,11 +39,14 @@ def effective(ctx: Context, said: SiblingPolicy | None) -> SiblingPolicy:
     return guard.policy if said is None else said
 
 
-def preflight(ctx: Context, said: SiblingPolicy | None) -> Preflight:
-    """The checks before a commit whose command ``said`` this about siblings, or nothing."""
+def preflight(ctx: Context, said: SiblingPolicy | None, *, force: bool = False) -> Preflight:
+    """The checks before a commit whose command ``said`` this about siblings, or nothing.
+
+    With ``force`` nothing else is checked.
+    """
     policy = effective(ctx, said)
     overridden = policy is not effective(ctx, None)
-    return Preflight(policy, overridden, partial(_warn, ctx, policy))
+    return Preflight(policy, overridden, partial(_warn, ctx, policy), force)
 
 
 def _warn(ctx: Context, policy: SiblingPolicy, plan: CommitPlan, siblings: list[Sibling]) -> None:

@@ -80,7 +80,9 @@ class CopyJob(ChainJob):
 
     def _begin(self) -> Steps[None]:
         """Look whether the job may begin, then enter the graph. What QEMU says comes before what the preflight says."""
-        refusal = None if self.preflight is None else (yield from self.preflight.run(self._graph, self._plan))
+        refusal = None
+        if self.preflight is not None:
+            refusal = yield from self.preflight.run(self._graph, self._plan, self.visible_end)
         if refusal is not None:
             yield from quietly(self._graph, [self._plan.top], partial(self._graph.rehearse, self.enter_graph))
             raise refusal

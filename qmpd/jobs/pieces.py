@@ -1,4 +1,4 @@
-"""Cutting a mapped region into the pieces that a job moves between two looks at its cell. Pure arithmetic."""
+"""How much is mapped at once, and the pieces that a job moves between two looks at its cell. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from qmpd.block.extents import ChainRuns, RunKind
-from qmpd.units import KIB, MIB, align_down
+from qmpd.units import GIB, KIB, MIB, align_down
 
 CHUNK: Final = 512 * KIB
 """Bytes of one of the peer's steps (spec/jobs-and-commit.md section 5): what a speed limit lets out at once."""
@@ -18,6 +18,23 @@ ZERO_SHARE: Final = 16
 """So many bytes of zeros count like one of data, for zeros are written by metadata."""
 BOUNDARY: Final = 2 * MIB
 """Pieces end at multiples of this, the largest cluster size, so that no cluster is written by halves."""
+WINDOW: Final = 16 * GIB
+"""Bytes of the device that are mapped at once: a quarter of a million runs at most, with clusters of 64 KiB."""
+_WIDEST: Final = 16 * WINDOW
+_FEW: Final = 1 << 12
+"""Runs found in a window that is worth widening. Mapping 16 GiB of nothing costs half a millisecond, 256 GiB as much:
+4 TiB that hold 200 MiB are through in 25 steps instead of 256."""
+
+
+class Window:
+    """How much to map at once: twice as much as long as little is found, and the least again where there is a lot."""
+
+    def __init__(self) -> None:
+        self.length = WINDOW
+
+    def learn(self, runs: int) -> None:
+        """The last answer had so many runs."""
+        self.length = min(2 * self.length, _WIDEST) if runs < _FEW else WINDOW
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator
-from typing import Any, Final
+from typing import Any
 
 from qmpd.block.copy import CopyEngine, CopyError
 from qmpd.block.extents import ChainRuns, chain_runs
@@ -16,26 +16,7 @@ from qmpd.graph.node import Node
 from qmpd.jobs.cell import Cell, Rest
 from qmpd.jobs.copying import CopyJob
 from qmpd.jobs.job import Action, Body, Failure
-from qmpd.jobs.pieces import Pieces
-from qmpd.units import GIB
-
-WINDOW: Final = 16 * GIB
-"""Bytes of the device that are mapped at once: a quarter of a million runs at most, with clusters of 64 KiB."""
-_WIDEST: Final = 16 * WINDOW
-_FEW: Final = 1 << 12
-"""Runs found in a window that is worth widening. Mapping 16 GiB of nothing costs half a millisecond, 256 GiB as much:
-4 TiB that hold 200 MiB are through in 25 steps instead of 256."""
-
-
-class Window:
-    """How much to map at once: twice as much as long as little is found, and the least again where there is a lot."""
-
-    def __init__(self) -> None:
-        self.length = WINDOW
-
-    def learn(self, runs: int) -> None:
-        """The last answer had so many runs."""
-        self.length = min(2 * self.length, _WIDEST) if runs < _FEW else WINDOW
+from qmpd.jobs.pieces import Pieces, Window
 
 
 def survey(cell: Cell, offset: int, length: int, find: Callable[[int, int], ChainRuns]) -> Generator[Rest, None, None]:

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from qmpd.block.api import Driver
 from qmpd.block.overlays import Stamp, View, identity_of, stamp_of
-from qmpd.block.storage.file import FileStorage
 from qmpd.block.trust import Identity
 from qmpd.errors import QmpdError
 from qmpd.graph import chain
 from qmpd.graph.edit import Graph
 from qmpd.graph.node import Backend, Node
+from qmpd.jobs.files import storage_of
 from qmpd.jobs.plan import CommitPlan
 from qmpd.steps import Steps
 
@@ -66,23 +65,11 @@ def left_behind(nodes: Iterable[Node]) -> dict[Identity, Stamp]:
     """The files of these nodes as they are now. Control thread: asks the kernel what it has in memory."""
     found = {}
     for node in nodes:
-        storage = storage_of(node)
+        storage = storage_of(chain.skip_filters(node))
         if storage is not None:
             status = os.fstat(storage.fd)
             found[identity_of(status)] = stamp_of(status)
     return found
-
-
-def storage_of(node: Node) -> FileStorage | None:
-    """The file that holds the node's image, if there is one."""
-    current: Node | None = chain.skip_filters(node)
-    while current is not None:
-        driver: Driver | None = current.driver
-        if isinstance(driver, FileStorage):
-            return driver
-        edge = current.primary_edge
-        current = edge.node if edge else None
-    return None
 
 
 class _Known:

@@ -36,8 +36,8 @@ from qmpd.jobs.cell import Cell, Rest
 from qmpd.jobs.chainjob import ChainJob
 from qmpd.jobs.copying import WRITES, as_errno
 from qmpd.jobs.job import Action, Body, Failure, check_speed, error_action
-from qmpd.jobs.pieces import CHUNK, Piece, Pieces
-from qmpd.jobs.regions import WINDOW, survey
+from qmpd.jobs.pieces import CHUNK, WINDOW, Piece, Pieces
+from qmpd.jobs.regions import survey
 from qmpd.jobs.stream_plan import StreamPlan
 from qmpd.jobs.surgery import back_to_read_only, quietly
 from qmpd.steps import Steps

@@ -66,4 +66,5 @@ async def test_it_is_told_to_be_unstable_and_qmpds_own() -> None:
         "auto-finalize",
         "auto-dismiss",
         "x-qmpd-siblings",
+        "x-qmpd-force",
     }

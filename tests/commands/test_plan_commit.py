@@ -42,7 +42,7 @@ async def test_a_plan_tells_the_chain_the_amounts_and_the_growth(images: Path) -
 
 async def test_what_would_stop_the_commit_is_listed(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file locked by somebody else, and a file system with too little space."""
-    monkeypatch.setattr(forecast, "_free", lambda storage: 4096)
+    monkeypatch.setattr(forecast, "free_space", lambda storage: 4096)
     async with serving(images) as served:
         await served.rig.add(*CHAIN)
         await served.rig.add(image("reader", read_only=True, file={"driver": "file", "filename": "base.qcow2"}))

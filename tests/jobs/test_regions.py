@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmpd.jobs.regions import WINDOW, Window
+from qmpd.jobs.pieces import WINDOW, Window
 from qmpd.units import TIB
 
 
