@@ -38,6 +38,17 @@ QMP_CLASS = {
     Kind.DEVICE_NOT_ACTIVE: "DeviceNotActive",
 }
 
+#: What to do about it, for people; kinds whose text says all there is to say have none.
+HINTS = {
+    Kind.COMMAND_NOT_FOUND: "query-commands lists what there is; what is missing on purpose is in the documentation",
+    Kind.DEVICE_NOT_FOUND: "query-named-block-nodes lists the nodes",
+    Kind.DEVICE_NOT_ACTIVE: "query-jobs lists the jobs; one that has ended may be in x-qmpd-job-results",
+    Kind.NO_SPACE: "make room, then resume the job or send the command again",
+    Kind.CORRUPT: "do not write to the image; x-qmpd-check or qemu-img check tells what is wrong with it",
+    Kind.PERMISSION: "x-debug-query-block-graph shows who uses the node, and for what",
+    Kind.LOCKED: "end the program that has the image open; to look only, open it read-only with force-share",
+}
+
 #: errno of kinds that carry none of their own (for job results and NBD replies).
 _KIND_ERRNO = {
     Kind.NO_SPACE: _errno.ENOSPC,
@@ -78,6 +89,21 @@ class QmpdError(Exception):
     def qmp_class(self) -> str:
         """The QMP error class, e.g. ``GenericError``."""
         return QMP_CLASS.get(self.kind, "GenericError")
+
+    def told(self) -> dict[str, Any]:
+        """The same for programs, as JSON: a stable ``code``, where it happened, ``errno`` by name, a ``hint``.
+
+        Source: the table in docs/errors.md.
+        """
+        known = {
+            "code": self.kind.value,
+            "node": self.node,
+            "path": self.path,
+            "offset": self.offset,
+            "errno": _errno.errorcode.get(self.errno),
+            "hint": HINTS.get(self.kind),
+        }
+        return {name: value for name, value in known.items() if value is not None} | dict(self.details or {})
 
     @property
     def strerror(self) -> str:

@@ -190,7 +190,7 @@ class Connection:
         except QmpdError as error:
             if self._ctx.before_reply is not None:
                 await self._ctx.before_reply(None, {})
-            details = error.details if self._ctx.bus.is_subscribed(self._outbox) else None
+            details = error.told() if self._ctx.bus.is_subscribed(self._outbox) else None
             return self._session.fail(request, error.qmp_class, error.desc, details)
         except Exception:  # noqa: BLE001  a bug of ours
             _log.exception("%s: unexpected failure of %s", self._ctx.client.label, request.name)
