@@ -364,10 +364,11 @@ class Driver(ABC):
         raise QmpdError("Operation not supported", Kind.UNSUPPORTED)
 
     @classmethod
-    def named_data_file(cls, file: BlockDevice) -> str | None:
+    def named_data_file(cls, file: BlockDevice, *, read_only: bool = True, thorough: bool = False) -> str | None:
         """The file beside ``file`` that keeps the data of the image in it, as its header says (untrusted), or None.
 
-        Worker thread, before the driver is opened. Raises what opening would.
+        Worker thread, before the driver is opened. Raises what opening would for an image with a data file;
+        ``thorough``, for any, and does not mind if the name of a data file is missing.
         """
         return None
 

@@ -46,6 +46,9 @@ MAX_DEPTH: Final = 64
 
 _QCOW2_MAGIC: Final = b"QFI\xfb"
 
+#: Children that are opened by themselves, each when it is known to be needed.
+_IN_TURN: Final = ("file", "backing", "data-file")
+
 _BACKING_FAILED = "Could not open backing file: "
 
 
@@ -176,7 +179,7 @@ class _Opener:
         # As in QEMU: the file is opened before the node's name is looked at, what only the driver knows of after it.
         early = yield from self._children(spec, lambda slot: slot == "file", place.below(node))
         self._register(node, effective)
-        late = yield from self._children(spec, lambda slot: slot not in ("file", "backing"), place.below(node))
+        late = yield from self._children(spec, lambda slot: slot not in _IN_TURN, place.below(node))
         self._attach(node, early | late)
         if driver_class.supports_data_file:
             yield from self._open_data_file(node, driver_class, place)
@@ -210,8 +213,7 @@ class _Opener:
     def _attach(self, node: Node, children: Mapping[str, Node]) -> None:
         with self.graph.edit() as edit:
             for slot, child in children.items():
-                role = child_role(node.driver_name, slot, node.spec.options, data_file="data-file" in children)
-                edit.attach(node, slot, child, role)
+                edit.attach(node, slot, child, child_role(node.driver_name, slot, node.spec.options))
 
     def _open_driver(self, node: Node, driver_class: type[Driver], place: _Place) -> Steps[None]:
         children: dict[str, BlockDevice] = {name: edge.device for name, edge in node.children.items()}
@@ -228,13 +230,24 @@ class _Opener:
         bottom.hold(self.graph, node)
 
     def _open_data_file(self, node: Node, driver_class: type[Driver], place: _Place) -> Steps[None]:
-        """The data file that the header names, unless the description has named one."""
-        file = node.children.get("file")
-        if file is None or "data-file" in node.children:
+        """The data file that the description names, or else the header."""
+        file, described = node.children.get("file"), node.spec.children.get("data-file")
+        if file is None:
             return
-        name = yield partial(driver_class.named_data_file, file.device)
-        if name is None:
+        read_only = bool(node.spec.read_only) or not node.active
+        look = partial(driver_class.named_data_file, read_only=read_only, thorough=described is not None)
+        name = yield partial(look, file.device)
+        if described is not None:
+            child = yield from self._child(described, place.below(node))
+        elif name is not None:
+            child = yield from self._data_file_from_header(node, name, place)
+        else:
             return
+        with self.graph.edit() as edit:
+            edit.attach(node, "data-file", child, child_role(node.driver_name, "data-file", {}))
+            edit.set_role(file, child_role(node.driver_name, "file", {}, data_file=True))
+
+    def _data_file_from_header(self, node: Node, name: str, place: _Place) -> Steps[Node]:
         path = filename.resolve_data_file(node, name)
         driver = (yield partial(_probe, self.graph.trust, path))[0] if self.graph.trust.image_names else "file"
         below = replace(
@@ -244,10 +257,7 @@ class _Opener:
             slot="data-file",
             writable_in=(yield partial(_directory, filename.image_location(node))),
         )
-        child = yield from self.open(NodeSpec(driver, options={"filename": path}), below)
-        with self.graph.edit() as edit:
-            edit.attach(node, "data-file", child, child_role(node.driver_name, "data-file", {}))
-            edit.set_role(file, child_role(node.driver_name, "file", {}, data_file=True))
+        return (yield from self.open(NodeSpec(driver, options={"filename": path}), below))
 
     def _open_backing(self, node: Node, place: _Place) -> Steps[None]:
         described = "backing" in node.spec.children

@@ -1,6 +1,6 @@
 """Random commands that change the graph: what a client might send, sensible or not.
 
-Everything is drawn from a small world, so that names meet: nine images, a dozen node names, two throttle groups, two
+Everything is drawn from a small world, so that names meet: ten images, a dozen node names, two throttle groups, two
 jobs, two exports, two internal snapshots. Nothing here knows whether a command will be accepted.
 
 What ends qemu-storage-daemon, or what the two do differently from then on, is left out; each time the reason stands
@@ -28,7 +28,10 @@ QCOW2 = {
     "other.qcow2": (None, (64, 64, 4)),
     "over.qcow2": (None, (128, 64, 5)),
     "leaf.qcow2": ("other.qcow2", (960, 64, 6)),
+    "outside.qcow2": (None, (32, 64, 9)),
 }
+#: Image -> its data file, which it names.
+DATA_FILES = {"outside.qcow2": "data.img"}
 RAW = {"plain.img": 7, "disk.img": 8}
 
 NODES = ("base", "mid", "top", "a", "b", "c", "d", "f0", "f1")
@@ -42,7 +45,8 @@ def make_images(directory: Path) -> None:
     """The world's images, in ``directory``."""
     for name, (backing, (offset, length, pattern)) in QCOW2.items():
         below = ["-b", backing, "-F", "qcow2"] if backing else []
-        _run(directory, "qemu-img", "create", "-q", "-f", "qcow2", *below, name, "1M")
+        data = ["-o", f"data_file={DATA_FILES[name]}"] if name in DATA_FILES else []
+        _run(directory, "qemu-img", "create", "-q", "-f", "qcow2", *below, *data, name, "1M")
         _run(directory, "qemu-io", "-f", "qcow2", "-c", f"write -q -P {pattern} {offset}k {length}k", name)
     for name, pattern in RAW.items():
         _run(directory, "qemu-img", "create", "-q", "-f", "raw", name, "1M")
@@ -101,6 +105,8 @@ class Client:
         name = self._random.choice([*QCOW2, *QCOW2, "plain.img"])
         options: Command = {"driver": "qcow2", "file": self._child(name)}
         self._sometimes(options, 0.6, "backing", [None, *NODES])
+        if name in DATA_FILES or self._random.random() < 0.05:
+            self._sometimes(options, 0.5, "data-file", [self._file("data.img"), *NODES])
         return options
 
     def _raw(self) -> Command:

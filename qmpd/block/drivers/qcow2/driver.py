@@ -88,10 +88,12 @@ class Qcow2(Driver):
         return driver
 
     @classmethod
-    def named_data_file(cls, file: BlockDevice) -> str | None:
-        if not hdr.names_data_file(bytes(read_padded(file, 0, SECTOR))):
+    def named_data_file(cls, file: BlockDevice, *, read_only: bool = True, thorough: bool = False) -> str | None:
+        external = hdr.has_data_file(bytes(read_padded(file, 0, SECTOR)))
+        if not external and not thorough:
             return None
-        return hdr.parse(bytes(read_padded(file, 0, min(file.length, 2 * MIB))), read_only=True).data_file
+        start = bytes(read_padded(file, 0, min(file.length, 2 * MIB)))
+        return hdr.parse(start, read_only=read_only, data_file=external if thorough else None).data_file
 
     def _apply(self, options: Mapping[str, Any]) -> None:
         self._options = dict(options)

@@ -207,7 +207,7 @@ def _unsupported(text: str) -> QmpdError:
     return QmpdError(text, Kind.UNSUPPORTED)
 
 
-def names_data_file(start: bytes) -> bool:
+def has_data_file(start: bytes) -> bool:
     """Is this the start of an image with a data file? Says nothing of what else may be wrong with it."""
     start = start.ljust(FIXED_V3, b"\0")
     magic, version, *_ = _V2.unpack_from(start)
