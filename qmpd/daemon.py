@@ -18,7 +18,7 @@ from qmpd import commands, options
 from qmpd.block.trust import Trust
 from qmpd.commands import blockdev_options, throttle_groups
 from qmpd.commands.block_exports import NbdServerOptions
-from qmpd.control import chardev, exports, guard
+from qmpd.control import chardev, exports, guard, queue
 from qmpd.control.bridge import JOBS, run_steps
 from qmpd.control.bus import Bus
 from qmpd.control.durable import INTERVAL, DurableRecords
@@ -28,6 +28,7 @@ from qmpd.control.manager import JobManager
 from qmpd.control.objects import ObjectStore
 from qmpd.control.process import PidFile, daemonize
 from qmpd.control.qapi import WIRE, Source
+from qmpd.control.queue import JobQueue
 from qmpd.control.records import Records
 from qmpd.control.registry import Context, lookup
 from qmpd.control.revive import Revival
@@ -109,10 +110,14 @@ class Core:
         self.exports = Exports(graph, graph_lock, self.bus.publish)
         self.ctx.rooms["records"] = self._records
         self.ctx.rooms[exports.ROOM] = self.exports
+        self.queue = JobQueue(self.jobs, graph, graph_lock, self.bus.publish)
+        self.queue.keep_result = self._records.keep_result
+        self.queue.stand = lambda: (self.bus.last, self.bus.history.incarnation)
+        self.ctx.rooms[queue.ROOM] = self.queue
         self.guard = Guard()
         self.ctx.rooms[guard.ROOM] = self.guard
         if durable is not None:
-            durable.calls = self.exports.calls
+            durable.calls = lambda: {**self.exports.calls(), **self.queue.calls()}
         self.durable = durable
         self.revival: Revival | None = None
         if state is not None and durable is not None:
@@ -128,6 +133,7 @@ class Core:
         """Serve until :meth:`shutdown`, then part from the clients and close the nodes."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self.jobs.serve)
+            await nursery.start(self.queue.serve)
             await nursery.start(self.exports.serve)
             await nursery.start(self.server.serve)
             nursery.start_soon(self._records.tell_progress)
@@ -143,7 +149,8 @@ class Core:
         self.finished.set()
 
     def watch_over(self, line: options.CommandLine) -> None:
-        """Take up what the command line says about images that a commit would change beside its own."""
+        """Take up what the command line says about jobs: how many, and what they may do to other images."""
+        self.queue.limit = line.max_jobs
         self.guard.policy = SiblingPolicy(line.siblings)
         self.ctx.graph.overlays.directories = line.image_dirs
 
@@ -153,6 +160,7 @@ class Core:
             self._is_ending = True
             hurry(self.ctx.graph.nodes)
             await self.exports.shutdown()
+            self.queue.shutdown()
             await self.jobs.shutdown()
             if self.ctx.before_reply is not None:  # nothing is to wait for between the end and the reply to quit
                 await self.ctx.before_reply(None, {})

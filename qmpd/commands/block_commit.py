@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Annotated
 
+from qmpd.commands.jobs import JobType
+from qmpd.commands.queue import start
 from qmpd.control.guard import preflight
 from qmpd.control.qapi import Bool, Features, Int, QapiModel, Str
 from qmpd.control.registry import Context, command
@@ -36,6 +38,8 @@ class BlockCommit(QapiModel):
     auto_dismiss: Bool | None = None
     x_qmpd_siblings: Annotated[SiblingPolicy | None, UNSTABLE] = None
     x_qmpd_force: Annotated[Bool | None, UNSTABLE] = None
+    x_qmpd_queue: Annotated[Bool | None, UNSTABLE] = None
+    x_qmpd_idempotent: Annotated[Bool | None, UNSTABLE] = None
 
 
 def request_of(args: BlockCommit) -> CommitRequest:
@@ -52,4 +56,4 @@ def commit_of(ctx: Context, args: BlockCommit) -> Callable[[], Job]:
 @command("block-commit")
 async def block_commit(ctx: Context, args: BlockCommit) -> None:
     """Start a job that moves the data of ``top`` and all images down to ``base`` into ``base``."""
-    await ctx.jobs.launch(commit_of(ctx, args))
+    await start(ctx, "block-commit", args, JobType.COMMIT, commit_of(ctx, args))

@@ -1,6 +1,8 @@
 """x-qmpd-commit-offline: what ``qemu-img commit`` does, in the daemon. Source: spec/jobs-and-commit.md section 9."""
 
 from qmpd.commands.block_commit import OWN
+from qmpd.commands.jobs import JobType
+from qmpd.commands.queue import start
 from qmpd.control.guard import preflight
 from qmpd.control.qapi import Bool, Int, QapiModel, Str
 from qmpd.control.registry import Context, command
@@ -22,6 +24,8 @@ class CommitOffline(QapiModel):
     auto_dismiss: Bool | None = None
     x_qmpd_siblings: SiblingPolicy | None = None
     x_qmpd_force: Bool | None = None
+    x_qmpd_queue: Bool | None = None
+    x_qmpd_idempotent: Bool | None = None
 
 
 @command("x-qmpd-commit-offline", features=("unstable",))
@@ -39,4 +43,4 @@ async def commit_offline(ctx: Context, args: CommitOffline) -> None:
         job.preflight = checks
         return job
 
-    await ctx.jobs.launch(make)
+    await start(ctx, "x-qmpd-commit-offline", args, JobType.COMMIT, make)

@@ -8,6 +8,8 @@ from typing import Any
 
 from qmpd.commands.block_queries import BlockDeviceIoStatus
 from qmpd.control.qapi import Bool, Int, QapiModel, Str
+from qmpd.control.queue import ROOM as QUEUE
+from qmpd.control.queue import JobQueue
 from qmpd.control.registry import Context, command, event
 from qmpd.jobs.job import Action
 from qmpd.jobs.table import Status
@@ -65,10 +67,16 @@ async def job_resume(ctx: Context, args: JobRef) -> None:
     await ctx.jobs.resume(ctx.jobs.find(args.id))
 
 
+def _cancel_waiting(ctx: Context, job_id: str) -> bool:
+    queue: JobQueue | None = ctx.rooms.get(QUEUE)
+    return queue is not None and queue.cancel(job_id)
+
+
 @command("job-cancel")
 async def job_cancel(ctx: Context, args: JobRef) -> None:
-    """Always by force."""
-    await ctx.jobs.cancel(ctx.jobs.find(args.id), force=True)
+    """Always by force. One that waits for its chain waits no more."""
+    if not _cancel_waiting(ctx, args.id):
+        await ctx.jobs.cancel(ctx.jobs.find(args.id), force=True)
 
 
 @command("job-complete")
@@ -120,7 +128,8 @@ def block_job_set_speed(ctx: Context, args: BlockJobSetSpeed) -> None:
 
 @command("block-job-cancel")
 async def block_job_cancel(ctx: Context, args: BlockJobCancel) -> None:
-    await ctx.jobs.cancel(ctx.jobs.find_block(args.device), force=bool(args.force))
+    if not _cancel_waiting(ctx, args.device):
+        await ctx.jobs.cancel(ctx.jobs.find_block(args.device), force=bool(args.force))
 
 
 @command("block-job-pause")

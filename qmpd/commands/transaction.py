@@ -18,6 +18,7 @@ from qmpd.commands.blockdev_snapshot import (
     snapshot_of,
     snapshot_sync_of,
 )
+from qmpd.commands.queue import refuse_in_transaction
 from qmpd.control.qapi import QapiModel
 from qmpd.control.registry import Context, command
 from qmpd.errors import QmpdError
@@ -103,6 +104,7 @@ async def run_transaction(ctx: Context, args: Transaction) -> None:
 
 
 def _maker(ctx: Context, action: BlockCommitWrapper | BlockStreamWrapper) -> Callable[[], Job]:
+    refuse_in_transaction(action.data)
     match action:
         case BlockCommitWrapper(data=data):
             return commit_of(ctx, data)

@@ -16,6 +16,7 @@ from qmpd.control.exports import DELETED, Call
 from qmpd.control.history import EVENTS, RESULTS, Event, Result
 from qmpd.control.joblife import Life
 from qmpd.control.journal import Journal
+from qmpd.control.queue import KIND
 from qmpd.control.records import Records
 from qmpd.errors import QmpdError
 from qmpd.graph.edit import Graph
@@ -48,6 +49,8 @@ ENDERS: Final[Mapping[str, tuple[str, str]]] = {
 
 #: Kinds of calls about the NBD server and exports, in the order in which they are repeated.
 EXPORT_KINDS: Final = ("nbd-server", "export", "deleted-export")
+#: Those, and jobs that wait: kept as long as there is something to bring back.
+_KEPT_KINDS: Final = (*EXPORT_KINDS, KIND)
 
 
 class DurableRecords(Records):
@@ -69,7 +72,7 @@ class DurableRecords(Records):
         #: What brings back the NBD server and exports, where it is not the command that made them.
         self.calls: Callable[[], Mapping[str, Call]] = dict
         self._calls: dict[str, tuple[str, str]] = {
-            key: (command, schema.dumps(row)) for key, command, row in loaded.calls if _kind(key) in EXPORT_KINDS
+            key: (command, schema.dumps(row)) for key, command, row in loaded.calls if _kind(key) in _KEPT_KINDS
         }
         #: Keys of calls that have not been repeated yet at this start.
         self.unrepeated: set[str] = set(self._calls)
@@ -117,6 +120,8 @@ class DurableRecords(Records):
         super().began(life)
         job, record = life.job, self._records[life]
         row = {"type": job.job_type, "is-block-job": job.is_block_job, **(job.memory() or {})}
+        if job.asked is not None:
+            row["asked"] = job.asked
         if job.merge is not None:
             row["merge"] = asdict(job.merge)
         if (known := self.resuming.pop(job.id, None)) is not None:

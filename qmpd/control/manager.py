@@ -44,6 +44,10 @@ class JobManager:
         self._lives: list[Life] = []
         self._nursery: trio.Nursery | None = None
         self._closing = False
+        #: Is that the id of a job that has not started yet?
+        self.is_reserved: Callable[[str], bool] = lambda job_id: False
+        #: Called when a job is over, or did not come to be.
+        self.on_end: Callable[[], object] = lambda: None
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the tasks of all jobs until cancelled. Call :meth:`shutdown` before."""
@@ -129,6 +133,7 @@ class JobManager:
     async def _live(self, life: Life) -> None:
         await life.live()
         self._forget_null(life)
+        self.on_end()
 
     def _forget_gone(self) -> None:
         for life in list(self._lives):
@@ -138,12 +143,13 @@ class JobManager:
         if life.job.status is Status.NULL:
             self._lives.remove(life)
             life.over.set()
+            self.on_end()
 
     def check_id(self, job_id: str) -> None:
         """Raise unless a new job may be called so (section 1.4)."""
         if not well_formed_id(job_id):
             raise QmpdError(f"Invalid job ID '{job_id}'")
-        if any(life.job.id == job_id for life in self._lives):
+        if any(life.job.id == job_id for life in self._lives) or self.is_reserved(job_id):
             raise QmpdError(f"Job ID '{job_id}' already in use")
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 from qmpd.control.bridge import run_steps
 from qmpd.control.durable import EXPORT_KINDS, DurableRecords
 from qmpd.control.history import Result
+from qmpd.control.queue import KIND
 from qmpd.control.registry import Context, lookup
 from qmpd.errors import QmpdError
 from qmpd.graph.open import close_unreferenced
@@ -54,6 +55,7 @@ class Revival:
             )
         for row in self._loaded.jobs:
             await self._bring_back(row)
+        await self._requeue()
         await self._records.before_reply(None, {})
 
     # -- things and nodes ----------------------------------------------------------------------------------------------
@@ -87,6 +89,20 @@ class Revival:
         _log.error("%s %s could not be brought back: %s", kind, name, error.desc)
         self._ctx.bus.publish("X_QMPD_RESTORE_FAILED", {"kind": kind, "name": name, "error": error.desc})
 
+    async def _requeue(self) -> None:
+        """Jobs that waited, in their order; one may have begun just when the daemon ended."""
+        running = {life.job.id for life in self._ctx.jobs.lives}
+        for key, command, arguments in self._loaded.calls:
+            kind, _, name = key.partition(":")
+            if kind != KIND:
+                continue
+            try:
+                if name not in running:
+                    await lookup(command).call(self._ctx, arguments)
+            except QmpdError as error:
+                self._failed("job", name, error)
+            self._records.repeated(key)
+
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
     async def _bring_back(self, row: JobRow) -> None:
@@ -104,6 +120,7 @@ class Revival:
         def make() -> Job:
             job = remake(graph, row.row)
             job.checkpoint = row.checkpoint
+            job.asked = row.row.get("asked")
             return job
 
         self._records.resuming[row.id] = row

@@ -31,6 +31,10 @@ class ChainJob(Job):
         self._retrying = False
 
     @property
+    def nodes(self) -> list[Node]:
+        return list(self._blocked)
+
+    @property
     def _the_filter(self) -> Node:
         assert self._filter is not None
         return self._filter

@@ -187,6 +187,8 @@ class Job(ABC):
         self.keeper: Keeper | None = None
         #: What the keeper of an earlier incarnation of the daemon got last, if this job goes on from there.
         self.checkpoint: dict[str, Any] | None = None
+        #: The command that asked for it, and its arguments; equal ones may be the same one sent twice.
+        self.asked: dict[str, Any] | None = None
         #: All that the job was to do is done; only telling is left.
         self.passed = False
 
@@ -199,6 +201,11 @@ class Job(ABC):
     @property
     def lent(self) -> list[Node]:
         """Nodes that are writable for this job alone."""
+        return []
+
+    @property
+    def nodes(self) -> list[Node]:
+        """Those that the job keeps other jobs off."""
         return []
 
     @property

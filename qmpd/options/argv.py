@@ -22,6 +22,7 @@ LONG: Final = {
     "help": False,
     "image-dir": True,
     "jobs-at-start": True,
+    "max-jobs": True,
     "monitor": True,
     "nbd-server": True,
     "object": True,
@@ -35,7 +36,8 @@ LONG: Final = {
 
 #: Options that the peer does not have; they do not stand in the way of its own, shortened.
 _OWN: Final = frozenset(
-    {"allow-path", "checkpoint-seconds", "image-dir", "jobs-at-start", "siblings", "state-dir", "trust-image-names"}
+    {"allow-path", "checkpoint-seconds", "image-dir", "jobs-at-start", "max-jobs"}
+    | {"siblings", "state-dir", "trust-image-names"}
 )
 
 SHORT: Final = {"h": "help", "T": "trace", "V": "version"}
@@ -90,6 +92,10 @@ What a commit may do to other images:
   --image-dir DIRECTORY  look for such images in and below this directory too;
                          may be given several times
 
+How many jobs run:
+
+  --max-jobs N           jobs that may wait (x-qmpd-queue) do so while N run
+
 What outlives the daemon:
 
   --state-dir DIRECTORY  keep nodes, exports, jobs, results and events here, and
@@ -128,6 +134,8 @@ class CommandLine:
     #: Directories that images must be in; none for anywhere.
     allow_paths: tuple[str, ...] = ()
     trust_image_names: bool = False
+    #: So many jobs run before one waits that may; 0 for any number.
+    max_jobs: int = 0
     #: What becomes of a commit that would change other images.
     siblings: str = "refuse"
     #: Directories where such images may be, absolute.
@@ -164,6 +172,8 @@ def scan(words: Sequence[str], program: str = "qmpd") -> CommandLine:
                 found["trust_image_names"] = _choice(option, "none", "all") == "all"
             case "siblings":
                 found["siblings"] = _choice(option, "refuse", "warn", "allow")
+            case "max-jobs":
+                found["max_jobs"] = _count(option)
             case "image-dir":
                 image_dirs.append(_directory(option))
             case "state-dir":
@@ -189,6 +199,12 @@ def _directory(option: Option) -> str:
     if not os.path.isdir(option.value):
         raise QmpdError(f"option '--{option.name}' expects a directory, not '{option.value}'")
     return os.path.abspath(option.value)
+
+
+def _count(option: Option) -> int:
+    if not (option.value.isascii() and option.value.isdigit()):
+        raise QmpdError(f"option '--{option.name}' expects a number, not '{option.value}'")
+    return int(option.value)
 
 
 def _seconds(option: Option) -> float:

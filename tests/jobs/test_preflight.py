@@ -20,6 +20,7 @@ COMMIT = {"job_id": "j", "device": "top", "top_node": "mid", "base_node": "base"
 @pytest.fixture(autouse=True)
 def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """base <- mid <- top, a MiB of data in mid, in the working directory."""
+    monkeypatch.setattr(preflight, "PATIENCE", 60.0)  # the machine may be busy
     monkeypatch.chdir(tmp_path)
     shell(
         "qemu-img create -q -f qcow2 base.qcow2 64M",

@@ -229,3 +229,31 @@ def test_what_commits_have_left_behind_is_remembered(server: Server, chain: Path
         (obstacle,) = client.execute_with("x-qmpd-plan-commit", plan)["obstacles"]
         assert "mid.qcow2" in obstacle
         kill(child)
+
+
+def test_what_waits_waits_again(server: Server, chain: Path) -> None:
+    """After a kill, behind the job that goes on; an equal command is still known as the same one."""
+    child = server.start(chain, words=STATE)
+    with child.client() as client:
+        add_chain(client)
+        commit(client, speed=1)
+        stream = {"job-id": "j1", "device": "top", "x-qmpd-queue": True, "x-qmpd-idempotent": True}
+        client.execute_with("block-stream", stream)
+        kill(child)
+    child = server.start(chain, words=STATE)
+    with child.client() as client:
+        commit(client, speed=1, **{"x-qmpd-idempotent": True})
+        client.execute_with("block-stream", stream)
+        (row,) = client.execute("x-qmpd-query-queue")["waiting"]
+        assert (row["id"], row["waiting-on"]) == ("j1", {"kind": "job", "id": "j0"})
+        client.execute("block-job-set-speed", device="j0", speed=0)
+        client.wait_status("j1", "null")
+        client.execute("quit")
+    child.wait()
+    child = server.start(chain, words=STATE)
+    with child.client() as client:
+        assert client.execute("x-qmpd-query-queue")["waiting"] == []
+        outcomes = [(row["id"], row["outcome"]) for row in client.execute("x-qmpd-job-results")]
+        assert outcomes == [("j0", "completed"), ("j1", "completed")]
+        client.execute("quit")
+    child.wait()
