@@ -21,8 +21,8 @@ from qmpd.commands.block_exports import NbdServerOptions
 from qmpd.control import chardev, exports, guard, queue
 from qmpd.control.bridge import JOBS, run_steps
 from qmpd.control.bus import Bus
-from qmpd.control.durable import INTERVAL, DurableRecords
-from qmpd.control.exports import Exports
+from qmpd.control.durable import BUDGET, INTERVAL, DurableRecords
+from qmpd.control.exports import Call, Exports
 from qmpd.control.guard import Guard
 from qmpd.control.manager import JobManager
 from qmpd.control.objects import ObjectStore
@@ -117,7 +117,7 @@ class Core:
         self.guard = Guard()
         self.ctx.rooms[guard.ROOM] = self.guard
         if durable is not None:
-            durable.calls = lambda: {**self.exports.calls(), **self.queue.calls()}
+            durable.calls = self._calls
         self.durable = durable
         self.revival: Revival | None = None
         if state is not None and durable is not None:
@@ -147,6 +147,13 @@ class Core:
                 await self.durable.journal.settle()
             nursery.cancel_scope.cancel()
         self.finished.set()
+
+    def _calls(self) -> dict[str, Call]:
+        """What brings back, beside nodes and jobs, what there is."""
+        limits = self.jobs.budget.limits
+        budget = {"bytes-per-second": limits.bytes_per_second, "iops": limits.iops}
+        kept = {f"{BUDGET}:": Call("x-qmpd-set-budget", budget)} if any(budget.values()) else {}
+        return {**self.exports.calls(), **kept, **self.queue.calls()}
 
     def watch_over(self, line: options.CommandLine) -> None:
         """Take up what the command line says about jobs: how many, and what they may do to other images."""

@@ -49,8 +49,9 @@ ENDERS: Final[Mapping[str, tuple[str, str]]] = {
 
 #: Kinds of calls about the NBD server and exports, in the order in which they are repeated.
 EXPORT_KINDS: Final = ("nbd-server", "export", "deleted-export")
-#: Those, and jobs that wait: kept as long as there is something to bring back.
-_KEPT_KINDS: Final = (*EXPORT_KINDS, KIND)
+BUDGET: Final = "budget"
+#: Those, and jobs that wait, and their budget: kept as long as there is something to bring back.
+_KEPT_KINDS: Final = (*EXPORT_KINDS, KIND, BUDGET)
 
 
 class DurableRecords(Records):

@@ -19,6 +19,7 @@ from qmpd.control.jobgroup import Group
 from qmpd.errors import Kind, QmpdError, strerror
 from qmpd.graph.edit import Graph
 from qmpd.graph.open import close_unreferenced
+from qmpd.jobs.budget import Budget
 from qmpd.jobs.cell import Cell, Rest, cancelled
 from qmpd.jobs.job import Action, Body, Failure, IoStatus, Job, Ready
 from qmpd.jobs.table import Publish, Status, transition
@@ -67,6 +68,7 @@ class Surroundings:
     graph: Graph
     graph_lock: trio.Lock
     observer: Observer
+    budget: Budget
 
 
 def _next(body: Body) -> Rest | Failure | Ready | None:
@@ -81,7 +83,7 @@ class Life:
         self.job = job
         self.group = group
         group.join(self)
-        self.cell = Cell(trio.lowlevel.current_clock().current_time, self._poke)
+        self.cell = Cell(trio.lowlevel.current_clock().current_time, self._poke, around.budget)
         #: The opening stretch of the body is over: the job's command can be answered.
         self.opened = trio.Event()
         #: Concluded, and dismissed if the job does that itself.

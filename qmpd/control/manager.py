@@ -16,6 +16,7 @@ from qmpd.control.jobgroup import Group
 from qmpd.control.joblife import Bridge, Life, Observer, Surroundings
 from qmpd.errors import Kind, QmpdError
 from qmpd.graph.edit import Graph
+from qmpd.jobs.budget import Budget, Limits
 from qmpd.jobs.job import Job, check_speed, well_formed_id
 from qmpd.jobs.table import Publish, Status, Verb, check_verb
 
@@ -40,7 +41,9 @@ class JobManager:
         graph_lock: trio.Lock,
         observer: Observer | None = None,
     ) -> None:
-        self._around = Surroundings(publish, bridge, graph, graph_lock, observer or Observer())
+        #: What all jobs may do together.
+        self.budget = Budget()
+        self._around = Surroundings(publish, bridge, graph, graph_lock, observer or Observer(), self.budget)
         self._lives: list[Life] = []
         self._nursery: trio.Nursery | None = None
         self._closing = False
@@ -206,6 +209,12 @@ class JobManager:
         check_verb(life.job, Verb.SET_SPEED)
         check_speed(speed)
         life.cell.set_speed(speed)
+
+    def set_budget(self, limits: Limits) -> None:
+        """For all jobs together, at once."""
+        self.budget.set(limits, trio.current_time())
+        for life in self._lives:
+            life.wake()
 
     def complete(self, life: Life) -> None:
         """Let a ready job end; the reply comes before its last events."""

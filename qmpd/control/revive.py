@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from qmpd.control.bridge import run_steps
-from qmpd.control.durable import EXPORT_KINDS, DurableRecords
+from qmpd.control.durable import BUDGET, EXPORT_KINDS, DurableRecords
 from qmpd.control.history import Result
 from qmpd.control.queue import KIND
 from qmpd.control.registry import Context, lookup
@@ -45,7 +45,7 @@ class Revival:
         """Bring back everything, in the order in which it can be."""
         await self._repeat(_BEFORE_NODES)
         await self._open_nodes()
-        await self._repeat(EXPORT_KINDS)
+        await self._repeat((*EXPORT_KINDS, BUDGET))
         async with self._ctx.graph_lock:
             await run_steps(close_unreferenced(self._ctx.graph))
         if self._loaded.incarnation is not None:

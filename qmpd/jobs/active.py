@@ -183,10 +183,14 @@ class ActiveCommitJob(CopyJob):
                     yield Ready()
                 elif rest:
                     yield from cell.pace()
-                    single = self._stepwise or cell.speed > 0
-                    yield from self._copy(cell, engine, STEP if single else BATCH, single=single)
+                    single = self._stepwise or cell.is_limited
+                    yield from self._copy(cell, engine, self._step(cell) if single else BATCH, single=single)
                 else:
                     yield Rest(NOTICE)
+
+    def _step(self, cell: Cell) -> int:
+        """Bytes of one stretch to copy where there is a limit: a budget is shared, and so kept to more closely."""
+        return min(STEP, cell.portion) if cell.has_budget else STEP
 
     def _gives_up(self, cell: Cell) -> bool:
         """Has so much been copied since this was first asked that the writer must be faster?"""
@@ -280,12 +284,12 @@ class ActiveCommitJob(CopyJob):
         assert self._cell is not None
         start, end = self._dirty.take(self._position, BATCH)
         try:
-            self._move(engine, start, end)
+            charged = self._move(engine, start, end)
         except QmpdError:
             self._dirty.mark_ranges(start, end)
             raise
         self._position = int(end[-1])
-        self._cell.advance(int((end - start).sum()))
+        self._cell.advance(int((end - start).sum()), charged=charged)
         self._show_progress(self._cell)
 
     def abort(self) -> Steps[None]:

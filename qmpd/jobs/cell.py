@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from qmpd.errors import Kind, QmpdError
+from qmpd.jobs.budget import Budget, Ticket
 from qmpd.jobs.ratelimit import RateLimit
 
 
@@ -37,12 +38,19 @@ def cancelled() -> QmpdError:
 class Cell:
     """Pause, cancel, speed and progress of one job. Methods say which plane calls them."""
 
-    def __init__(self, clock: Callable[[], float], wake: Callable[[], None] = lambda: None) -> None:
-        """``clock`` gives seconds, on any thread. ``wake`` is called on the control thread and must be idempotent."""
+    def __init__(
+        self, clock: Callable[[], float], wake: Callable[[], None] = lambda: None, budget: Budget | None = None
+    ) -> None:
+        """``clock`` gives seconds, on any thread. ``wake`` is called on the control thread and must be idempotent.
+
+        ``budget`` is what all jobs share.
+        """
         self._lock = threading.Lock()
         self._clock = clock
         self._wake = wake
         self._limit = RateLimit()
+        self._budget = budget or Budget()
+        self._ticket: Ticket | None = None
         self._paused = False
         self._cancelled = False
         self._progress = Progress(0, 0)
@@ -96,6 +104,21 @@ class Cell:
             return self._limit.speed
 
     @property
+    def is_limited(self) -> bool:
+        """Is there a speed limit, or a budget?"""
+        return self.speed > 0 or self.has_budget
+
+    @property
+    def has_budget(self) -> bool:
+        """Is there one?"""
+        return self._budget.is_limited
+
+    @property
+    def portion(self) -> int:
+        """How many bytes may go in one piece where there is a limit."""
+        return self._budget.portion
+
+    @property
     def progress(self) -> Progress:
         with self._lock:
             return self._progress
@@ -139,6 +162,8 @@ class Cell:
             self._moved += charged
             if charged:
                 self._limit.delay(self._clock(), charged)
+                self._budget.charge(charged, self._ticket)
+                self._ticket = None
 
     def checkpoint(self) -> Generator[Rest, None, None]:
         """Rest while paused. Raises the cancellation; takes no thread hop when nobody asked for anything."""
@@ -146,17 +171,29 @@ class Cell:
             with self._lock:
                 paused, is_cancelled = self._paused, self._cancelled
             if is_cancelled:
+                self._give_ticket_back()
                 raise cancelled()
             if not paused:
                 return
+            self._give_ticket_back()
             yield Rest()
 
     def pace(self) -> Generator[Rest, None, None]:
-        """A checkpoint which also sleeps until the speed limit lets the next chunk go."""
+        """A checkpoint which also sleeps until the speed limit and the budget let the next chunk go."""
         while True:
             yield from self.checkpoint()
             with self._lock:
-                delay = self._limit.delay(self._clock())
+                delay = self._limit.delay(self._clock()) or self._budget_delay(self._clock())
             if delay <= 0:
                 return
             yield Rest(delay)
+
+    def _budget_delay(self, now: float) -> float:
+        self._ticket = self._budget.ticket(now, self._ticket)
+        return 0.0 if self._ticket is None else self._ticket.start - now
+
+    def _give_ticket_back(self) -> None:
+        with self._lock:
+            if self._ticket is not None:
+                self._budget.give_back(self._ticket)
+                self._ticket = None

@@ -62,12 +62,12 @@ class Pieces:
         changes = np.flatnonzero(np.diff(runs.layer)) + 1
         self._turns = np.append(runs.offset[changes], self.end)
 
-    def step(self, offset: int) -> Piece:
-        """The peer's step: from one layer throughout; at most a chunk if allocated, all there is if not."""
+    def step(self, offset: int, size: int = CHUNK) -> Piece:
+        """The peer's step: from one layer throughout; at most a chunk (``size``) if allocated, all there is if not."""
         length = int(self._turns[np.searchsorted(self._turns, offset, "right")]) - offset
         if not self._is_allocated[self._index(offset)]:
             return Piece(length, 0)
-        length = min(length, CHUNK)
+        length = min(length, size)
         return Piece(length, length)
 
     def stretch(self, offset: int, size: int = STRETCH) -> Piece:

@@ -109,7 +109,7 @@ class RegionJob(CopyJob):
         offset = pieces.start
         while offset < pieces.end:
             yield from cell.pace()
-            piece = pieces.step(offset) if self._stepwise or cell.speed else pieces.stretch(offset)
+            piece = pieces.step(offset, cell.portion) if self._stepwise or cell.is_limited else pieces.stretch(offset)
             try:
                 if piece.allocated:
                     engine.copy(pieces.runs, offset, piece.length)

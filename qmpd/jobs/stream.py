@@ -176,8 +176,8 @@ class StreamJob(ChainJob):
         offset = pieces.start
         while offset < pieces.end:
             yield from cell.pace()
-            stepwise = cell.speed or offset < self._stepwise_until
-            piece = pieces.step(offset) if stepwise else pieces.stretch(offset, STRETCH)
+            stepwise = cell.is_limited or offset < self._stepwise_until
+            piece = pieces.step(offset, cell.portion) if stepwise else pieces.stretch(offset, STRETCH)
             try:
                 if piece.allocated:
                     self._populate(engine, pieces.runs, offset, offset + piece.length)

@@ -257,3 +257,16 @@ def test_what_waits_waits_again(server: Server, chain: Path) -> None:
         assert outcomes == [("j0", "completed"), ("j1", "completed")]
         client.execute("quit")
     child.wait()
+
+
+def test_the_budget_is_there_again(server: Server, tmp_path: Path) -> None:
+    """Until it is taken away."""
+    for budget in ({"bytes-per-second": 1 << 20, "iops": 7}, {"bytes-per-second": 0, "iops": 0}):
+        child = server.start(tmp_path, words=STATE)
+        with child.client() as client:
+            client.execute_with("x-qmpd-set-budget", budget)
+            kill(child)
+        child = server.start(tmp_path, words=STATE)
+        with child.client() as client:
+            assert client.execute("x-qmpd-query-budget").items() >= budget.items()
+            kill(child)
