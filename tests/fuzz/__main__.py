@@ -22,8 +22,10 @@ from tests.fuzz.execute import FoundError, execute
 from tests.fuzz.mutate import mutated
 from tests.fuzz.seeds import seeds
 
-#: Seconds that one execution may take: far more than any needs, on a busy machine too.
+#: Seconds of the processor that one execution may take: far more than any needs.
 PATIENCE = 60
+#: One that waits for something that never comes takes none: after so many times as much by the clock it has failed too.
+_BUSY = 60
 #: Address space for the whole program, bytes: who asks for more gets a MemoryError.
 MEMORY = 2 << 30
 #: Every so many executions the memory is measured.
@@ -43,7 +45,8 @@ def run(
         source = rng.choice(sources)
         raw = mutated(source, rng)
         if patience:
-            signal.alarm(patience)
+            signal.setitimer(signal.ITIMER_PROF, patience)
+            signal.alarm(patience * _BUSY)
         try:
             execute(raw, source.data, rng, outcomes, measure=number % MEASURE == 0)
         except Exception as error:  # noqa: BLE001 - whatever it is, it was found
@@ -59,12 +62,13 @@ def run(
         if outcomes["executions"] % _STRETCH == 0:
             tell(f"{outcomes['executions']} executions, {len(failures)} failures")
     if patience:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
     return outcomes, failures
 
 
 def _too_long(_: int, __: FrameType | None) -> None:
-    raise FoundError(f"no end after {PATIENCE} seconds")
+    raise FoundError(f"no end after {PATIENCE} seconds of work, or {PATIENCE * _BUSY} of waiting")
 
 
 def main() -> int:
@@ -73,7 +77,8 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=1_000_000)
     options = parser.parse_args()
-    signal.signal(signal.SIGALRM, _too_long)
+    for end in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(end, _too_long)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable()
     start = time.monotonic()

@@ -106,7 +106,8 @@ class Client:
         options: Command = {"driver": "qcow2", "file": self._child(name)}
         self._sometimes(options, 0.6, "backing", [None, *NODES])
         if name in DATA_FILES or self._random.random() < 0.05:
-            self._sometimes(options, 0.5, "data-file", [self._file("data.img"), *NODES])
+            # No node of another image: what cannot be resized is found out at different moments.
+            self._sometimes(options, 0.5, "data-file", [self._file(image) for image in ("data.img", *RAW)])
         return options
 
     def _raw(self) -> Command:
