@@ -190,11 +190,15 @@ class Manager:
         return bool(event["event"] == "BLOCK_JOB_COMPLETED")
 
     def _drop(self, start: int, end: int) -> None:
-        """Forget nodes that left the chain; those of blockdev-snapshot-sync are gone by themselves."""
+        """Forget nodes that left the chain, and remove their images, which would keep others from being committed to.
+
+        The nodes of blockdev-snapshot-sync are gone by themselves.
+        """
         for name in reversed(self.chain[start:end]):
             nodes = {node["node-name"] for node in self.server.client.execute("query-named-block-nodes", flat=True)}
             if name in nodes:
                 self._execute("blockdev-del", node_name=name)
+            self.file(name).unlink()
         del self.chain[start:end]
 
     def _options(self, name: str, backing: str | None) -> dict[str, object]:
